@@ -1,0 +1,81 @@
+"""What a step leaves behind: the verdict, and what drafters learn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from foretell.core.batch import Tap
+from foretell.core.tree import TokenTree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Rows:
+    """A lazy view of one sequence's rows in a packed tensor, addressed by tree node.
+
+    Valid until the next forward. A node without a row (DEAD, or not asked for) raises KeyError.
+    """
+
+    packed: Tensor  # [R, X]
+    row: np.ndarray  # [N] int64, packed row of each node, -1 = none
+
+    def __getitem__(self, nodes: int | Sequence[int]) -> Tensor:
+        """[X] for one node, [k, X] for several."""
+        rows = self.row[nodes]
+        if (np.asarray(rows) < 0).any():
+            raise KeyError(f"no row was computed for node {nodes}")
+        if np.ndim(rows) == 0:
+            return self.packed[int(rows)]
+        first, n = int(rows[0]), len(rows)
+        if (rows == np.arange(first, first + n)).all():
+            return self.packed[first : first + n]
+        return self.packed[rows.tolist()]
+
+    def has(self, node: int) -> bool:
+        return bool(self.row[node] >= 0)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a verifier decided about one tree.
+
+    ``tokens`` are the ids to emit: those of the accepted `path`, then one bonus token (absent after
+    a cut that fell inside the path).
+    """
+
+    path: list[int]  # accepted nodes, from the tip downwards
+    tokens: list[int]  # len(path) + 1 ids, until cut
+    checked: int = (
+        0  # levels at which a candidate was tried: len(path), plus one if one was refused
+    )
+
+    @property
+    def accepted(self) -> int:
+        return len(self.path)
+
+    def cut(self, keep: int) -> None:
+        """Keep only the first `keep` emitted tokens (stop strings, EOS, max_tokens)."""
+        self.tokens = self.tokens[:keep]
+        self.path = self.path[:keep]
+        self.checked = min(self.checked, keep)
+
+
+@dataclass(slots=True)
+class Feedback:
+    """What a drafter gets after every step, prefill included (there the path is the prompt).
+
+    ``logits`` are the RAW target logits at every node that was computed, rejected ones too.
+    """
+
+    tokens: list[int]  # ids emitted by the step
+    path: list[int]  # nodes now committed: CONTEXT first, then the accepted ones
+    tree: TokenTree
+    logits: Rows
+    verdict: Verdict
+    hidden: dict[Tap, Rows] = field(default_factory=dict)  # only the taps the drafter declared

@@ -1,0 +1,156 @@
+"""Names -> methods. One line a method; the class is imported only when it is asked for.
+
+Third parties add methods through entry points in the groups ``foretell.drafters``,
+``foretell.verifiers`` and ``foretell.policies``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+from foretell.core.errors import InputError
+
+BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
+    {
+        "drafter": {
+            "none": "foretell.drafters.none:NoDrafter",
+            "prompt-lookup": "foretell.drafters.ngram:PromptLookup",
+            "draft-model": "foretell.drafters.draft_model:DraftModel",
+        },
+        "verifier": {
+            "greedy": "foretell.verify.greedy:Greedy",
+            "replay": "foretell.verify.replay:Replay",
+            "rejection": "foretell.verify.rejection:Rejection",
+        },
+        "policy": {
+            "fixed": "foretell.control.length.fixed:Fixed",
+            "confidence": "foretell.control.length.confidence:Confidence",
+        },
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A method's name and options, from ``name:key=value,key=value`` or a JSON object."""
+
+    name: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str | Mapping[str, Any] | Spec) -> Spec:
+        """Accepts a Spec, ``name:key=value,...``, or a mapping / JSON object with the keys of
+        vLLM's ``--speculative-config`` (method, model, num_speculative_tokens, ...)."""
+        if isinstance(text, Spec):
+            return text
+        if isinstance(text, Mapping):
+            return cls._from_config(text)
+        if text.lstrip().startswith("{"):
+            try:
+                return cls._from_config(json.loads(text))
+            except json.JSONDecodeError as e:
+                raise InputError(f"The method's JSON cannot be read ({e}).") from None
+        name, _, rest = text.strip().partition(":")
+        options: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            key, eq, value = item.partition("=")
+            if not eq or not key.strip():
+                raise InputError(f"'{item}' in '{text}' is not of the form key=value.")
+            options[key.strip()] = value.strip()
+        return cls(name, options)
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> Spec:
+        known = dict(config)
+        name = known.pop("method", None) or ("draft-model" if "model" in known else None)
+        if name is None:
+            raise InputError("The method's JSON needs a 'method' (or a 'model' to draft with).")
+        names = {"ngram": "prompt-lookup", "draft_model": "draft-model"}
+        keys = {
+            "model": "path",
+            "num_speculative_tokens": "tokens",
+            "prompt_lookup_max": "max_ngram",
+            "prompt_lookup_min": "min_ngram",
+        }
+        return cls(names.get(name, name), {keys.get(k, k): v for k, v in known.items()})
+
+    def __str__(self) -> str:
+        tail = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}:{tail}" if tail else self.name
+
+
+def names(kind: str) -> dict[str, str]:
+    """All methods of a kind: name -> 'module:Class', built-in ones first."""
+    found = dict(BUILTIN[kind])
+    group = {"policy": "foretell.policies"}.get(kind, f"foretell.{kind}s")
+    for point in metadata.entry_points(group=group):
+        found.setdefault(point.name, point.value)
+    return found
+
+
+def suggest(wrong: str, known: typing.Iterable[str]) -> str:
+    """', did you mean X?' or the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(wrong, known, 1, 0.5)
+    return f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(known)}."
+
+
+def lookup(kind: str, name: str) -> type:
+    """The class behind a name; InputError with a suggestion when there is none."""
+    table = names(kind)
+    if name not in table:
+        raise InputError(f"Unknown {kind} '{name}': {suggest(name, table)}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def create(kind: str, spec: str | Mapping[str, Any] | Spec, context: Any = None) -> Any:
+    """Build a method from its spec.
+
+    Options are the keyword parameters of the class's ``build(context, **options)`` if it has one,
+    otherwise of its constructor; they are converted to the annotated types.
+    """
+    spec = Spec.parse(spec)
+    cls = lookup(kind, spec.name)
+    build = getattr(cls, "build", None)
+    if build is None:
+        return cls(**_convert(spec, cls.__init__))
+    return build(context, **_convert(spec, build))
+
+
+def _convert(spec: Spec, function: Any) -> dict[str, Any]:
+    skip = {"self", "context"}
+    hints = typing.get_type_hints(function)
+    known = [p for p in inspect.signature(function).parameters if p not in skip]
+    result = {}
+    for key, value in spec.options.items():
+        if key not in known:
+            hint = suggest(key, known) if known else "it takes no options."
+            raise InputError(f"'{spec.name}' has no option '{key}': {hint}")
+        result[key] = _cast(spec.name, key, value, hints.get(key, str))
+    return result
+
+
+def _cast(name: str, key: str, value: Any, hint: Any) -> Any:
+    choices = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
+    if not isinstance(value, str):
+        return value
+    if type(None) in typing.get_args(hint) and value.lower() == "none":
+        return None
+    for kind in choices:
+        try:
+            if kind is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+            return kind(value)
+        except (ValueError, KeyError):
+            continue
+    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in choices)
+    raise InputError(f"'{name}:{key}={value}' is not a valid {wanted}.")

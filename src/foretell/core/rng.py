@@ -1,0 +1,146 @@
+"""Randomness keyed by (seed, absolute position, purpose), never by batch slot or call order.
+
+A counter-based generator: key -> splitmix64 stream. Entry x of a noise row belongs to token id x,
+so the noise of a token does not depend on the vocabulary's padding, on which rows are computed
+together, or on the device (integer arithmetic; only the final logarithm is a float operation).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from enum import IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+class Purpose(IntEnum):
+    """What a number is for; two purposes never share noise."""
+
+    TARGET = 1  # the noise of plain sampled decoding and of `replay`
+    ACCEPT = 2  # accept/reject flips of rejection rules
+    RESIDUAL = 3  # the draw that ends a rejection walk
+    DRAFT = 4  # a drafter's own draws
+    FORK = 5  # seeds of the n samples of one request
+
+
+def mix(x: int) -> int:
+    """splitmix64's finaliser on 64-bit integers."""
+    x = ((x ^ (x >> 30)) * _M1) & _MASK
+    x = ((x ^ (x >> 27)) * _M2) & _MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system, 63 bits."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
+
+
+class SeqRng:
+    """The random numbers of one sequence.
+
+    Every draw names its absolute position (the index, in the sequence, of the token it helps to
+    decide) and its purpose. Two draws that may happen for one position under one purpose differ in
+    `index` (siblings) or `salt` (the round's base position, so that a drafter that is asked twice
+    about a position never reuses noise that an earlier round has already looked at).
+    """
+
+    __slots__ = ("_recent", "seed")
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed & _MASK
+        # The drafter and the verifier read the same TARGET rows within one step.
+        self._recent: dict[tuple[int, int, str], Tensor] = {}
+
+    def key(self, position: int, purpose: Purpose, salt: int = 0) -> int:
+        k = mix((self.seed + _GOLDEN * int(purpose)) & _MASK)
+        k = mix((k + _GOLDEN * (position + 1)) & _MASK)
+        return mix((k + _GOLDEN * (salt + 1)) & _MASK)
+
+    def fork(self, index: int) -> int:
+        """Seed of sample `index` of a request with n > 1; sample 0 keeps the request's seed."""
+        return self.seed if index == 0 else self.key(index, Purpose.FORK) >> 1
+
+    def uniform(self, position: int, purpose: Purpose, index: int = 0, salt: int = 0) -> float:
+        """One uniform in (0, 1), 53 bits."""
+        z = mix((self.key(position, purpose, salt) + _GOLDEN * (index + 1)) & _MASK)
+        return ((z >> 11) + 0.5) * 2.0**-53
+
+    def flip(self, p: float, w: float, position: int, index: int) -> bool:
+        """Accept with probability min(1, p / w): the test of every rejection rule."""
+        return self.uniform(position, Purpose.ACCEPT, index) * w < p
+
+    def pick(self, p: Tensor, position: int, purpose: Purpose = Purpose.RESIDUAL) -> int:
+        """Draw one index from the unnormalised distribution p [V]."""
+        return int((p / self.race([position], purpose, p.shape[-1], p.device)[0]).argmax())
+
+    def race(
+        self,
+        positions: Sequence[int],
+        purpose: Purpose,
+        vocab: int,
+        device: object = "cpu",
+        salt: int = 0,
+    ) -> Tensor:
+        """Exponential noise E [len(positions), vocab] float32, one row a position.
+
+        ``argmax(p / E)`` is a draw from p; it equals ``argmax(log p + Gumbel)`` with
+        ``Gumbel = -log E``. The k largest are a draw of k without replacement, in draw order.
+        """
+        import torch
+
+        if purpose is not Purpose.TARGET or salt:
+            return _race([self.key(t, purpose, salt) for t in positions], vocab, str(device))
+        recent = self._recent
+        wanted = [(t, vocab, str(device)) for t in positions]
+        missing = [w for w in wanted if w not in recent]
+        if missing:
+            if len(recent) > _KEEP:
+                recent.clear()
+                missing = wanted
+            fresh = _race([self.key(t, purpose) for t, *_ in missing], vocab, str(device))
+            recent.update(zip(missing, fresh, strict=True))
+            if len(missing) == len(wanted):
+                return fresh
+        return torch.stack([recent[w] for w in wanted])
+
+
+_KEEP = 64  # rows of recent noise a sequence holds on to
+
+
+def _race(keys: Sequence[int], vocab: int, device: str) -> Tensor:
+    """[len(keys), vocab] float32: -log of the splitmix64 uniform of (key, token id)."""
+    import torch
+
+    ids = _token_offsets(vocab, device)
+    z = (
+        torch.tensor([_signed(k) for k in keys], dtype=torch.int64, device=ids.device)[:, None]
+        + ids
+    )
+    z ^= (z >> 30).bitwise_and_((1 << 34) - 1)
+    z *= _signed(_M1)
+    z ^= (z >> 27).bitwise_and_((1 << 37) - 1)
+    z *= _signed(_M2)
+    z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
+    u = (z >> 11).bitwise_and_((1 << 53) - 1).to(torch.float64)
+    return u.add_(0.5).mul_(2.0**-53).log_().neg_().to(torch.float32)
+
+
+@lru_cache(maxsize=16)
+def _token_offsets(vocab: int, device: str) -> Tensor:
+    """(id + 1) * golden for every token id, [vocab] int64."""
+    import torch
+
+    golden = torch.arange(1, vocab + 1, dtype=torch.int64) * _signed(_GOLDEN)
+    return golden.to(device)

@@ -1,0 +1,193 @@
+"""The token tree: what one sequence feeds to one forward of the target.
+
+A tree holds the pending context (a chain of committed ids whose KV rows are missing) and, below
+its last node (the *tip*), whatever a drafter proposes. Arrays live on the host (numpy): trees are
+small, and the walk that verifies them is scalar work. Draft distributions `q` stay tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Kind(IntEnum):
+    """What becomes of a node."""
+
+    CONTEXT = 0  # already committed text; always kept
+    CANDIDATE = 1  # drafted; the verifier decides
+    DEAD = 2  # known illegal: not computed, but still rejected by the verifier (with its q)
+    RIDER = 3  # computed, never verified (lookahead windows, prompt tokens)
+
+
+@dataclass(slots=True)
+class TokenTree:
+    """N nodes in topological order, CONTEXT nodes first; a chain iff ``parent[i] == i - 1``.
+
+    Sibling order is draw order: a verifier that uses q relies on it, so nobody re-sorts or removes
+    nodes that carry a q row; illegal ones are `kill`ed instead.
+    """
+
+    tokens: np.ndarray  # [N] int64
+    parent: np.ndarray  # [N] int64, -1 for the first node
+    kind: np.ndarray  # [N] int8, values of Kind
+    depth: np.ndarray  # [N] int64, position offset from the first node; siblings share it
+    qrow: np.ndarray | None = None  # [N] int64, row of q the node was drawn from; -1 = one-hot
+    q: Tensor | None = None  # [M, V] draft distributions in the target's vocabulary
+    score: np.ndarray | None = None  # [N] float, drafter confidence; never used for acceptance
+    source: np.ndarray | None = None  # [N] int, which drafter proposed the node
+    embeds: dict[int, Tensor] | None = None  # node -> [H], trained prompt tokens instead of ids
+    _children: list[list[int]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def context(cls, tokens: Sequence[int]) -> TokenTree:
+        """The tree without drafts: a chain of CONTEXT nodes over `tokens` (at least one)."""
+        n = len(tokens)
+        steps = np.arange(n, dtype=np.int64)
+        return cls(np.asarray(tokens, np.int64), steps - 1, np.zeros(n, np.int8), steps)
+
+    @classmethod
+    def build(
+        cls,
+        context: Sequence[int],
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        *,
+        qrow: Sequence[int] | None = None,
+        q: Tensor | None = None,
+        score: Sequence[float] | None = None,
+        kind: Kind = Kind.CANDIDATE,
+    ) -> TokenTree:
+        """Hang drafted `tokens` below the context's tip.
+
+        parents: for each drafted token the index of its parent among the drafted tokens,
+        -1 for the tip. Parents come first. qrow/score are per drafted token.
+        """
+        c, n = len(context), len(tokens)
+        steps = np.arange(c, dtype=np.int64)
+        parent = np.empty(c + n, np.int64)
+        parent[:c] = steps - 1
+        parent[c:] = np.asarray(parents, np.int64) + c  # -1 + c is the tip
+        depth = np.empty(c + n, np.int64)
+        depth[:c] = steps
+        for i in range(c, c + n):
+            depth[i] = depth[parent[i]] + 1
+        kinds = np.full(c + n, kind, np.int8)
+        kinds[:c] = Kind.CONTEXT
+        rows = scores = None
+        if qrow is not None:
+            rows = np.full(c + n, -1, np.int64)
+            rows[c:] = qrow
+        if score is not None:
+            scores = np.ones(c + n)
+            scores[c:] = score
+        ids = np.asarray([*context, *tokens], np.int64)
+        return cls(ids, parent, kinds, depth, rows, q, scores)
+
+    @classmethod
+    def chain(
+        cls,
+        context: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        q: Tensor | None = None,
+        score: Sequence[float] | None = None,
+    ) -> TokenTree:
+        """Hang a chain below the tip; with `q` [len(tokens), V] row i drew token i."""
+        rows = None if q is None else range(len(tokens))
+        return cls.build(context, tokens, range(-1, len(tokens) - 1), qrow=rows, q=q, score=score)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_context(self) -> int:
+        return int((self.kind == Kind.CONTEXT).sum())
+
+    @property
+    def tip(self) -> int:
+        """The last CONTEXT node: drafts hang off it and its row predicts the next token."""
+        return self.n_context - 1
+
+    @property
+    def drafted(self) -> int:
+        """How many nodes a verifier may accept or must reject."""
+        return int(((self.kind == Kind.CANDIDATE) | (self.kind == Kind.DEAD)).sum())
+
+    @property
+    def is_chain(self) -> bool:
+        return bool((self.parent == np.arange(len(self)) - 1).all())
+
+    @property
+    def live(self) -> np.ndarray:
+        """[n] node indices that the forward computes, in order (all but DEAD)."""
+        return np.flatnonzero(self.kind != Kind.DEAD)
+
+    def decisions(self) -> list[int]:
+        """The tip and every CANDIDATE: the nodes at which a verifier may need the target's row."""
+        nodes = np.flatnonzero(self.kind == Kind.CANDIDATE).tolist()
+        return [self.tip, *nodes]
+
+    def children(self, node: int) -> list[int]:
+        """CANDIDATE and DEAD children of `node` in draw order."""
+        if self._children is None:
+            table: list[list[int]] = [[] for _ in range(len(self))]
+            for i in range(self.n_context, len(self)):
+                if self.kind[i] != Kind.RIDER:
+                    table[self.parent[i]].append(i)
+            self._children = table
+        return self._children[node]
+
+    def path(self, node: int) -> list[int]:
+        """Drafted nodes from below the tip down to `node` (empty for a CONTEXT node)."""
+        nodes = []
+        while node >= 0 and self.kind[node] != Kind.CONTEXT:
+            nodes.append(int(node))
+            node = int(self.parent[node])
+        return nodes[::-1]
+
+    def path_tokens(self, node: int) -> list[int]:
+        """Token ids along `path(node)`."""
+        return self.tokens[self.path(node)].tolist() if node >= 0 else []
+
+    def level(self, node: int) -> int:
+        """Drafted depth of `node`: 0 at the tip, 1 for its children."""
+        return int(self.depth[node] - self.depth[self.tip])
+
+    def kill(self, illegal: np.ndarray) -> None:
+        """Mark drafted nodes where `illegal` [N] is true, and all below them, as DEAD."""
+        for i in range(self.n_context, len(self)):
+            if illegal[i] or self.kind[self.parent[i]] == Kind.DEAD:
+                self.kind[i] = Kind.DEAD
+
+    def ancestors(self) -> np.ndarray:
+        """[N, N] bool; entry (i, j) is true iff j is i or an ancestor of i."""
+        n = len(self)
+        table = np.zeros((n, n), bool)
+        for i in range(n):
+            if self.parent[i] >= 0:
+                table[i] = table[self.parent[i]]
+            table[i, i] = True
+        return table
+
+    def validate(self, vocab: int) -> None:
+        """Raise ValueError when an invariant is broken (used by tests and in debug mode)."""
+        n, c = len(self), self.n_context
+        if c < 1 or (self.kind[:c] != Kind.CONTEXT).any():
+            raise ValueError("a tree starts with at least one CONTEXT node and keeps them first")
+        if (self.parent >= np.arange(n)).any() or (self.parent[1:] < 0).any():
+            raise ValueError("parents come before their children")
+        if n > 1 and (self.depth[1:] != self.depth[self.parent[1:]] + 1).any():
+            raise ValueError("a child is one deeper than its parent")
+        if ((self.tokens < 0) | (self.tokens >= vocab)).any():
+            raise ValueError("a token lies outside the vocabulary")
+        for i in range(c, n):
+            if self.parent[i] < c - 1 and self.kind[i] != Kind.RIDER:
+                raise ValueError("drafts hang off the tip")

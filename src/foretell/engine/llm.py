@@ -1,0 +1,400 @@
+"""The Python API: load a model, generate, stream, chat."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foretell.control.finish import Finish
+from foretell.control.processors import Processors
+from foretell.core import registry
+from foretell.core.errors import ForetellError, InputError
+from foretell.core.params import SamplingParams
+from foretell.core.protocols import (
+    BuildContext,
+    Constraint,
+    Drafter,
+    LengthPolicy,
+    Promise,
+    SeqView,
+    TargetModel,
+    Verifier,
+)
+from foretell.core.registry import Spec
+from foretell.core.rng import SeqRng, fresh_seed
+from foretell.engine.loop import Engine
+from foretell.engine.outputs import RequestOutput, SampleOutput
+from foretell.engine.scheduler import Scheduler
+from foretell.engine.sequence import Sequence as EngineSequence
+from foretell.engine.sequence import TokenEvent
+from foretell.models.load import load_model
+from foretell.models.text.stream import StreamDecoder
+from foretell.models.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, str]
+MethodSpec = str | Mapping[str, Any] | Spec
+
+
+def bundled_model() -> Path:
+    """The checkpoint directory that ships in the package."""
+    return Path(__file__).parent.parent / "assets" / "base"
+
+
+def load(model: str | os.PathLike[str] | None = None, **options: Any) -> LLM:
+    """Load a model: a checkpoint directory, a hub id, or (by default) the bundled one.
+
+    options: see `LLM.load`.
+    """
+    return LLM.load(model, **options)
+
+
+@dataclass(slots=True)
+class _Request:
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    sequences: list[EngineSequence] = field(default_factory=list)
+    inbox: deque[TokenEvent] = field(default_factory=deque)
+
+
+class LLM:
+    """A target model with a drafter, a verification rule and a length policy.
+
+    draft / verify / policy: method specs (``name:key=value,...``). draft="auto" is the drafter that
+    ships beside the target if there is one, else prompt-lookup; verify="auto" is exact: `greedy` at
+    temperature 0, `replay` above. max_batch: most sequences decoded at once; kv_rows: rows of the
+    KV cache over all sequences (default: as many as max_batch full contexts need, at most half of
+    the free memory); step_rows: most prompt rows of one step. Lossy methods are refused unless
+    allow_lossy. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: TargetModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        draft: MethodSpec | Drafter = "none",
+        verify: MethodSpec | Verifier = "auto",
+        policy: MethodSpec | LengthPolicy = "fixed",
+        max_batch: int = 16,
+        kv_rows: int | None = None,
+        step_rows: int = 512,
+        allow_lossy: bool = False,
+        context: BuildContext | None = None,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("step_rows", step_rows)):
+            if value < 1:
+                raise InputError(f"{name}={value} makes no sense: it is at least 1.")
+        if kv_rows is not None and kv_rows < 1:
+            raise InputError(f"kv_rows={kv_rows} makes no sense: it is at least 1.")
+        self.model, self.tokenizer = model, tokenizer
+        context = context or BuildContext(model, tokenizer)
+        self.drafter: Drafter = _make("drafter", draft, context)
+        self.policy: LengthPolicy = _make("policy", policy, context)
+        self._greedy: Verifier = registry.create("verifier", "greedy")
+        auto = isinstance(verify, str) and verify == "auto"
+        self._sampled: Verifier = _make("verifier", "replay" if auto else verify, context)
+        self._check(allow_lossy)
+        scheduler = Scheduler(
+            kv_rows or default_rows(model, max_batch),
+            max_batch,
+            step_rows,
+            model.new_cache,
+            reuse=model.spec.caps.rollback,
+        )
+        self.engine = Engine(model, self.drafter, self.policy, scheduler)
+        self._requests: dict[int, _Request] = {}
+        self._next_id = 0
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        draft: MethodSpec = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Callable[[float, str], None] | None = None,
+        **options: Any,
+    ) -> LLM:
+        """Load target, tokenizer and drafter. Raises InputError with one sentence when the model,
+        a method or an option is unknown or unusable.
+
+        dtype: auto, float32, bfloat16; device: auto, cpu, cuda, cuda:N; threads: torch's CPU
+        threads; progress(fraction, what) is called while weights are read.
+        """
+        if threads is not None:
+            if threads < 1:
+                raise InputError(f"threads={threads} makes no sense: it is at least 1.")
+            torch.set_num_threads(threads)
+        path = str(model) if model is not None else str(bundled_model())
+        target = load_model(path, dtype=dtype, device=device, progress=progress)
+        where = Path(target.spec.name) if Path(target.spec.name).is_dir() else Path(path)
+        tokenizer = Tokenizer.load(where)
+        tokenizer.check_vocab(target.spec.vocab)
+        beside = where / "draft"
+        default = str(beside) if (beside / "config.json").is_file() else None
+
+        def load_draft(name: str) -> TargetModel:
+            small = load_model(name, dtype=dtype, device=device)
+            home = Path(small.spec.name) if Path(small.spec.name).is_dir() else Path(name)
+            reason = tokenizer.same_vocabulary(Tokenizer.load(home))
+            if reason:
+                raise InputError(
+                    f"The draft model {name} does not share the target's vocabulary: {reason} "
+                    "Choose a drafter with the same tokenizer."
+                )
+            return small
+
+        if isinstance(draft, str) and draft == "auto":
+            draft = "draft-model" if default else "prompt-lookup"
+            if not target.spec.caps.rollback:
+                draft = "none"
+        context = BuildContext(target, tokenizer, load_draft, default)
+        return cls(target, tokenizer, draft=draft, context=context, **options)
+
+    def _check(self, allow_lossy: bool) -> None:
+        for method in (self._sampled, self.drafter):
+            if method.promise is Promise.LOSSY and not allow_lossy:
+                raise InputError(
+                    f"'{method.name}' changes what the model says (lossy): "
+                    "pass allow_lossy / --allow-lossy if that is what you want."
+                )
+        missing = self.drafter.shapes - self._sampled.accepts
+        if "tree" in missing or "chain" in missing or "onehot" in missing:
+            raise InputError(
+                f"'{self._sampled.name}' cannot verify what '{self.drafter.name}' drafts "
+                f"({', '.join(sorted(missing))}): choose another pair."
+            )
+
+    def verifier_for(self, params: SamplingParams) -> Verifier:
+        """At temperature 0 every lossless rule is the greedy walk."""
+        if params.greedy and self._sampled.promise is not Promise.LOSSY:
+            return self._greedy
+        if self._sampled.name == "greedy":
+            raise InputError(
+                "Greedy verification needs temperature 0: use verify=replay (exact) or "
+                "verify=rejection (lossless) to sample."
+            )
+        return self._sampled
+
+    def promise(self, params: SamplingParams) -> Promise:
+        """The weaker of what the drafter and the verification rule promise."""
+        order = list(Promise)
+        return max(self.drafter.promise, self.verifier_for(params).promise, key=order.index)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        on_event: Callable[[TokenEvent], None] | None = None,
+        constraint: Callable[[], Constraint] | None = None,
+        **overrides: Any,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many; outputs come in the order of the prompts.
+
+        A prompt is a string or a list of token ids. Keyword overrides are SamplingParams fields.
+        """
+        many = self._many(prompts)
+        params = _params(params, overrides)
+        requests = [self._request(p, params, constraint) for p in many]
+        for event in self._run(requests):
+            if on_event is not None:
+                on_event(event)
+        return [self._output(r) for r in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        constraint: Callable[[], Constraint] | None = None,
+        **overrides: Any,
+    ) -> Iterator[TokenEvent]:
+        """One event per token, whatever the size of the step it came from; the last event of the
+        request carries its RequestOutput in ``event.output``."""
+        request = self._request(prompt, _params(params, overrides), constraint)
+        left = len(request.sequences)
+        for event in self._run([request]):
+            left -= event.finish_reason is not None
+            if not left and event.finish_reason is not None:
+                event.output = self._output(request)
+            yield event
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **overrides: Any
+    ) -> RequestOutput:
+        """Answer a conversation of ``{"role": .., "content": ..}`` messages."""
+        return self.generate([self.chat_ids(messages)], params, **overrides)[0]
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt ids of a conversation, by the model's chat template."""
+        return self._text().chat(list(messages))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Prompt -> ids; InputError when it is empty or holds ids the model does not have."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InputError("The prompt is empty: give at least one character.")
+            return self._text().encode(prompt)
+        ids = [int(t) for t in prompt]
+        if not ids:
+            raise InputError("The prompt is empty: give at least one token id.")
+        wrong = next((t for t in ids if not 0 <= t < self.model.spec.vocab), None)
+        if wrong is not None:
+            raise InputError(f"Token id {wrong} is outside 0..{self.model.spec.vocab - 1}.")
+        return ids
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError("This model was loaded without a tokenizer: pass token ids.")
+        return self.tokenizer
+
+    def _many(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            return [prompts]  # type: ignore[list-item]
+        return list(prompts)  # type: ignore[arg-type]
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        constraint: Callable[[], Constraint] | None,
+    ) -> _Request:
+        ids = self.encode(prompt)
+        spec = self.model.spec
+        if len(ids) >= spec.max_positions:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens and the model's context is "
+                f"{spec.max_positions}: shorten it."
+            )
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            for t in getattr(params, name) or ():
+                if not 0 <= t < spec.vocab:
+                    raise InputError(f"{name}: token id {t} is outside 0..{spec.vocab - 1}.")
+        seed = fresh_seed() if params.seed is None else params.seed
+        request = _Request(self._next_id, ids, params, seed)
+        self._next_id += 1
+        for sample in range(params.n):
+            request.sequences.append(self._sequence(request, sample, constraint))
+        return request
+
+    def _sequence(
+        self, request: _Request, sample: int, constraint: Callable[[], Constraint] | None
+    ) -> EngineSequence:
+        params, tokenizer = request.params, self.tokenizer
+        eos = tokenizer.eos_ids if tokenizer else frozenset()
+        ends = (frozenset() if params.ignore_eos else eos) | frozenset(params.stop_token_ids)
+        tokens = list(request.prompt)
+        bad = [self._text().encode(t, add_special=False) for t in _variants(params.bad_words)]
+        processors = Processors(params, tokens, len(tokens), ends, bad)
+        verifier = self.verifier_for(params)
+        view = SeqView(
+            tokens,
+            len(tokens),
+            params,
+            SeqRng(SeqRng(request.seed).fork(sample)),
+            verifier.draw,
+            warp=lambda logits, paths: processors.probs(logits, paths, None),
+            plain=processors.plain,
+        )
+        room = self.model.spec.max_positions - len(tokens)
+        decoder = StreamDecoder(tokenizer, tokens) if tokenizer else None
+        if params.stop:
+            self._text()
+        finish = Finish(params, eos, room, decoder)
+        made = constraint() if constraint else None
+        return EngineSequence(request.id, sample, params, view, finish, processors, verifier, made)
+
+    def _run(self, requests: list[_Request]) -> Iterator[TokenEvent]:
+        """Drive the engine until `requests` are done; unfinished ones are dropped on the way out
+        (an exception, Ctrl-C, a closed generator)."""
+        scheduler = self.engine.scheduler
+        mine = [s for r in requests for s in r.sequences]
+        try:
+            for request in requests:
+                for seq in request.sequences:
+                    scheduler.add(seq)
+                self._requests[request.id] = request
+            while any(s.finish.reason is None for s in mine) or any(r.inbox for r in requests):
+                for request in requests:
+                    while request.inbox:
+                        yield request.inbox.popleft()
+                if all(s.finish.reason is not None for s in mine):
+                    continue
+                events = self.engine.step()
+                if not events and not self.engine.moved:
+                    raise ForetellError("The scheduler found nothing to run; please report this.")
+                for event in events:
+                    self._requests[event.request].inbox.append(event)
+        finally:
+            for seq in mine:
+                if seq.finish.reason is None:
+                    scheduler.retire(seq)
+            for request in requests:
+                self._requests.pop(request.id, None)
+
+    def _output(self, request: _Request) -> RequestOutput:
+        first = request.sequences[0]
+        return RequestOutput(
+            prompt_ids=request.prompt,
+            samples=[
+                SampleOutput(
+                    text=s.finish.text,
+                    token_ids=s.output,
+                    finish_reason=s.finish.reason or "length",
+                    seed=s.view.rng.seed,
+                    drafted=s.drafted,
+                    stats=s.stats,
+                    logprobs=s.logprobs if request.params.logprobs is not None else None,
+                )
+                for s in request.sequences
+            ],
+            prompt_logprobs=first.prompt_logprobs or None,
+            promise=str(self.promise(request.params)),
+            drafter=self.drafter.name,
+            verifier=first.verifier.name,
+        )
+
+
+def default_rows(model: TargetModel, max_batch: int) -> int:
+    """KV rows that `max_batch` full contexts need, at most what half of the free memory holds."""
+    rows = max_batch * model.spec.max_positions
+    if not model.spec.row_bytes:
+        return rows
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1024, min(rows, free // 2 // model.spec.row_bytes))
+
+
+def _make(kind: str, what: Any, context: BuildContext) -> Any:
+    if isinstance(what, str | Mapping | Spec):
+        return registry.create(kind, what, context)
+    return what
+
+
+def _params(params: SamplingParams | None, overrides: dict[str, Any]) -> SamplingParams:
+    from dataclasses import replace
+
+    known = SamplingParams.__dataclass_fields__
+    for key in overrides:
+        if key not in known:
+            raise InputError(f"There is no parameter '{key}': {registry.suggest(key, known)}")
+    return replace(params or SamplingParams(), **overrides)
+
+
+def _variants(words: Sequence[str]) -> list[str]:
+    """A word at the beginning of a text and inside one: tokenizers glue the space to the word."""
+    return [v for w in words for v in ((w, " " + w) if not w.startswith(" ") else (w,))]

@@ -1,0 +1,261 @@
+"""The step: one forward that prefills, decodes, and verifies, for any batch.
+
+Invariants
+1. ``tokens`` are all committed ids; the cache holds rows for ``tokens[:cache.n]``; the rest is
+   *pending*, at least one id when ready to decode.
+2. A step feeds the pending ids (CONTEXT nodes, a chain) and the drafts that hang off the last of
+   them, in ONE forward. Prefill, chunked prefill, forced tokens, plain decoding and speculation are
+   therefore the same step; a chunk is the first c pending ids, without drafts.
+3. After verification the path's rows are committed and everything else vanishes; the bonus token is
+   the new pending id.
+4. What a drafter keeps is a cache over ``tokens[:k]`` for a k it knows; it catches up when asked.
+5. Randomness is keyed by (sequence seed, absolute position, purpose).
+6. One-hot drafts (no q row) are lossless whatever the drafter; nodes with a q row are not removed,
+   only killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from foretell.control.processors import ProcessedRows
+from foretell.core.batch import PackedBatch, segment_of
+from foretell.core.errors import InputError
+from foretell.core.feedback import Feedback, Rows, Verdict
+from foretell.core.protocols import (
+    Drafter,
+    LengthPolicy,
+    NodeMasks,
+    TargetModel,
+    Timings,
+)
+from foretell.core.tree import Kind, TokenTree
+from foretell.engine.scheduler import Scheduler, Turn
+from foretell.engine.sequence import Sequence, TokenEvent, TopLogprobs
+
+
+class Engine:
+    """Runs the sequences of a scheduler through a model, a drafter and a length policy."""
+
+    def __init__(
+        self, model: TargetModel, drafter: Drafter, policy: LengthPolicy, scheduler: Scheduler
+    ) -> None:
+        caps = model.spec.caps
+        if drafter.needs.layer_access and not caps.layer_access:
+            raise InputError(
+                f"'{drafter.name}' runs single layers of the target, which this model's adapter "
+                "cannot do: choose another drafter."
+            )
+        if not caps.rollback and drafter.name != "none":
+            raise InputError(
+                "This model's cache cannot undo rows, so nothing can be drafted for it: "
+                "use --draft none."
+            )
+        self.model, self.drafter, self.policy, self.scheduler = model, drafter, policy, scheduler
+        scheduler.on_admit = self._begin
+        scheduler.on_evict = self._end
+        self.timings = Timings()  # of the last step
+        self.moved = False  # whether the last step had anything to run
+
+    def _begin(self, seq: Sequence) -> None:
+        seq.draft = self.drafter.begin(seq.view)
+        if not seq.stats.start:
+            seq.stats.start = perf_counter()
+
+    def _end(self, seq: Sequence) -> None:
+        if seq.draft is not None:
+            self.drafter.end(seq.draft)
+            seq.draft = None
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Advance the batch by one forward; the events of the tokens it emitted."""
+        turns = self.scheduler.plan()
+        self.moved = bool(turns)
+        if not turns:
+            return []
+        t0 = perf_counter()
+        trees = self._draft(turns)
+        masks = [self._constrain(t.seq, tree) for t, tree in zip(turns, trees, strict=True)]
+        t1 = perf_counter()
+        caches = [t.seq.cache for t in turns]
+        batch = self._pack(turns, trees)
+        with self.model.open(caches) as txn:  # type: ignore[arg-type]  # a running one has a cache
+            out = self.model.forward(batch, txn, self.drafter.needs.taps)
+            t2 = perf_counter()
+            rows = [_rows(batch, i, tree) for i, tree in enumerate(trees)]
+            verdicts, feedback, events = [], [], []
+            for i, (turn, tree) in enumerate(zip(turns, trees, strict=True)):
+                logits = Rows(out.logits, rows[i][1])
+                verdict = self._verify(turn, tree, logits, masks[i])
+                verdicts.append(verdict)
+                events.append(self._emit(turn.seq, tree, verdict, logits))
+                path = [*range(tree.n_context), *verdict.path]
+                hidden = {k: Rows(h, rows[i][0]) for k, h in out.hidden.items()}
+                feedback.append(Feedback(verdict.tokens, path, tree, logits, verdict, hidden))
+            txn.commit([_local(tree, f.path) for tree, f in zip(trees, feedback, strict=True)])
+        t3 = perf_counter()
+        for turn in turns:
+            turn.seq.view.cached = turn.seq.rows
+        self.drafter.observe([t.seq.draft for t in turns], feedback)
+        self.timings = Timings(t1 - t0, t2 - t1, t3 - t2, batch.rows)
+        self.policy.observe(trees, verdicts, self.timings)
+        for turn in turns:
+            if turn.seq.finish.reason is not None:
+                turn.seq.stats.end = perf_counter()
+                self.scheduler.retire(turn.seq)
+        return [e for group in events for e in group]
+
+    def _draft(self, turns: Seq[Turn]) -> list[TokenTree]:
+        """A tree for every turn; only turns that decode may carry drafts."""
+        decoding = [t.seq for t in turns if t.decode]
+        trees: dict[int, TokenTree] = {}
+        if decoding:
+            load = self.scheduler.load()
+            share = max(0, load.free_rows - sum(t.feed for t in turns)) // len(decoding)
+            branching = 1 << 30 if self.model.spec.caps.tree else 1
+            budgets = [
+                budget.clamp(nodes=share, depth=_room(seq) - 1, branching=branching)
+                for budget, seq in zip(
+                    self.policy.budgets([s.view for s in decoding], load), decoding, strict=True
+                )
+            ]
+            proposed = self.drafter.propose(
+                [s.draft for s in decoding], [s.view for s in decoding], budgets
+            )
+            trees = {id(s): tree for s, tree in zip(decoding, proposed, strict=True)}
+        return [
+            trees[id(t.seq)] if t.decode else TokenTree.context(t.seq.view.pending[: t.feed])
+            for t in turns
+        ]
+
+    def _constrain(self, seq: Sequence, tree: TokenTree) -> NodeMasks | None:
+        if seq.constraint is None:
+            return None
+        masks = seq.constraint.masks(tree)
+        tree.kill(~masks.legal)
+        return masks
+
+    def _pack(self, turns: Seq[Turn], trees: Seq[TokenTree]) -> PackedBatch:
+        """Ask for logits only where somebody reads them."""
+        segments = []
+        for turn, tree in zip(turns, trees, strict=True):
+            everything = (
+                self.drafter.needs.prompt_logits or turn.seq.params.prompt_logprobs is not None
+            )
+            if everything:
+                wanted = None
+            elif turn.decode:
+                wanted = range(tree.tip, len(tree))
+            else:
+                wanted = ()
+            segments.append(segment_of(tree, turn.seq.rows, wanted))
+        return PackedBatch(segments)
+
+    def _verify(
+        self, turn: Turn, tree: TokenTree, logits: Rows, masks: NodeMasks | None
+    ) -> Verdict:
+        seq = turn.seq
+        if seq.params.prompt_logprobs is not None:
+            self._prompt_logprobs(seq, tree, logits)
+        if not turn.decode:
+            return Verdict([], [])
+        p = ProcessedRows(logits, tree, seq.processors, masks)
+        return seq.verifier(tree, p, seq.view.rng, len(seq.tokens))
+
+    def _emit(
+        self, seq: Sequence, tree: TokenTree, verdict: Verdict, logits: Rows
+    ) -> list[TokenEvent]:
+        """Stop first: what is cut here is never committed."""
+        if not verdict.tokens:
+            return []
+        nodes = [tree.tip, *verdict.path]
+        accepted = verdict.accepted
+        pieces = seq.finish.take(verdict.tokens)
+        verdict.cut(len(pieces))
+        base = len(seq.output)
+        events = []
+        for i, piece in enumerate(pieces):
+            top = None
+            if seq.params.logprobs is not None:
+                top = top_logprobs(logits[nodes[i]], piece.token, seq.params.logprobs)
+                seq.logprobs.append(top)
+            drafted = i < accepted
+            seq.drafted.append(drafted)
+            events.append(
+                TokenEvent(seq.request, seq.sample, base + i, piece.token, piece.text, drafted, top)
+            )
+        events[-1].finish_reason = seq.finish.reason
+        seq.tokens.extend(verdict.tokens)
+        if not seq.stats.steps:
+            seq.stats.first = perf_counter()
+            seq.stats.first_step = len(pieces)
+        seq.stats.add(tree.drafted, len(pieces))
+        if seq.constraint is not None:
+            events += self._force(seq, verdict.tokens)
+        return events
+
+    def _force(self, seq: Sequence, emitted: Seq[int]) -> list[TokenEvent]:
+        """Advance the constraint; ids it leaves no choice about become pending without a draw."""
+        assert seq.constraint is not None
+        seq.constraint.advance(emitted)
+        if seq.finish.reason is not None:
+            return []
+        pieces = seq.finish.take(seq.constraint.forced()[: _room(seq)])
+        base = len(seq.output)
+        events = [
+            TokenEvent(seq.request, seq.sample, base + i, p.token, p.text, True)
+            for i, p in enumerate(pieces)
+        ]
+        if events:
+            tokens = [p.token for p in pieces]
+            seq.tokens.extend(tokens)
+            seq.drafted += [True] * len(tokens)
+            seq.constraint.advance(tokens)
+            events[-1].finish_reason = seq.finish.reason
+        return events
+
+    def _prompt_logprobs(self, seq: Sequence, tree: TokenTree, logits: Rows) -> None:
+        if not seq.prompt_logprobs:
+            seq.prompt_logprobs.append(None)  # nothing predicts the first id
+        for node in range(tree.n_context):
+            index = seq.rows + node + 1
+            if len(seq.prompt_logprobs) <= index < seq.view.prompt_len:
+                n = seq.params.prompt_logprobs or 0
+                seq.prompt_logprobs.append(top_logprobs(logits[node], seq.tokens[index], n))
+
+
+def top_logprobs(logits: torch.Tensor, token: int, n: int) -> TopLogprobs:
+    """Log-probability of `token` and the n most likely ids, from raw logits [V]."""
+    logs = logits.log_softmax(-1, dtype=torch.float32)
+    best = logs.topk(min(n, logs.shape[-1]))
+    return float(logs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _room(seq: Sequence) -> int:
+    """Tokens it may still emit."""
+    return seq.finish.room - len(seq.output)
+
+
+def _rows(batch: PackedBatch, i: int, tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
+    """For every node its packed row and its row among the packed logits; [N] each, -1 = none."""
+    wanted = batch.segments[i].logits
+    live = tree.live
+    packed = np.full(len(tree), -1, np.int64)
+    packed[live] = np.arange(len(live)) + batch.offsets[i]
+    logits = np.full(len(tree), -1, np.int64)
+    nodes = live if wanted is None else live[wanted]
+    logits[nodes] = np.arange(len(nodes)) + batch.logit_offsets[i]
+    return packed, logits
+
+
+def _local(tree: TokenTree, path: Seq[int]) -> list[int]:
+    """Rows, among those the tree's forward added, of the nodes in `path`."""
+    if path and path[-1] == len(path) - 1:
+        return list(path)
+    row = np.cumsum(tree.kind != Kind.DEAD) - 1  # DEAD nodes have no row
+    return row[list(path)].tolist()

@@ -1,0 +1,21 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with corpora and real tokenizers; tests that need it skip where it is absent.
+
+    FORETELL_DATA names it; without that, `shared/data` beside the checkout.
+    """
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("FORETELL_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; set FORETELL_DATA")
+    return folder
