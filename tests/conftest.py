@@ -19,3 +19,11 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; set FORETELL_DATA")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors: a second thread only waits for the first."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -70,7 +70,8 @@ def test_exports_both_networks_with_what_was_measured(finished: Path) -> None:
     for folder in (finished, finished / "draft"):
         assert {path.name for path in folder.iterdir() if path.is_file()} == FILES
     card = (finished / "README.md").read_text()
-    assert "| plain |" in card and "| sums |" in card
+    assert "| plain |" in card
+    assert "| sums |" in card
     assert str(finished.parent) not in card  # no folders of the machine it was trained on
 
 

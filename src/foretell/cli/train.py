@@ -92,8 +92,9 @@ def base(
         ]
         licences = {"python": "PSF-2.0", **dict(pairs(licence, "--licence"))}
 
-        from foretell.lab.train.base import BaseSettings, start_over, train_base
+        from foretell.lab.train.base import train_base
         from foretell.lab.train.loop import Interrupted
+        from foretell.lab.train.settings import BaseSettings, start_over
 
         settings = BaseSettings(
             out=out,

@@ -7,7 +7,7 @@ V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -162,11 +162,11 @@ class Budget:
     stops drafting below it. It never sees a token that is not kept: that would bias sampling."""
 
     def clamp(self, *, nodes: int, depth: int, branching: int = 1 << 30) -> Budget:
-        return replace(
-            self,
-            nodes=max(0, min(self.nodes, nodes)),
-            depth=max(0, min(self.depth, depth)),
-            branching=min(self.branching, branching),
+        return Budget(
+            max(0, min(self.nodes, nodes)),
+            max(0, min(self.depth, depth)),
+            min(self.branching, branching),
+            self.stop,
         )
 
     @property

@@ -45,6 +45,8 @@ class TokenTree:
     source: np.ndarray | None = None  # [N] int, which drafter proposed the node
     embeds: dict[int, Tensor] | None = None  # node -> [H], trained prompt tokens instead of ids
     _children: list[list[int]] | None = field(default=None, repr=False)
+    _n_context: int = field(default=-1, repr=False)
+    _live: np.ndarray | None = field(default=None, repr=False)
 
     @classmethod
     def context(cls, tokens: Sequence[int]) -> TokenTree:
@@ -109,7 +111,9 @@ class TokenTree:
 
     @property
     def n_context(self) -> int:
-        return int((self.kind == Kind.CONTEXT).sum())
+        if self._n_context < 0:
+            self._n_context = int((self.kind == int(Kind.CONTEXT)).sum())
+        return self._n_context
 
     @property
     def tip(self) -> int:
@@ -128,7 +132,9 @@ class TokenTree:
     @property
     def live(self) -> np.ndarray:
         """[n] node indices that the forward computes, in order (all but DEAD)."""
-        return np.flatnonzero(self.kind != Kind.DEAD)
+        if self._live is None:
+            self._live = np.flatnonzero(self.kind != int(Kind.DEAD))
+        return self._live
 
     def decisions(self) -> list[int]:
         """The tip and every CANDIDATE: the nodes at which a verifier may need the target's row."""
@@ -166,6 +172,7 @@ class TokenTree:
         for i in range(self.n_context, len(self)):
             if illegal[i] or self.kind[self.parent[i]] == Kind.DEAD:
                 self.kind[i] = Kind.DEAD
+        self._live = None
 
     def ancestors(self) -> np.ndarray:
         """[N, N] bool; entry (i, j) is true iff j is i or an ancestor of i."""
@@ -179,7 +186,7 @@ class TokenTree:
 
     def validate(self, vocab: int) -> None:
         """Raise ValueError when an invariant is broken (used by tests and in debug mode)."""
-        n, c = len(self), self.n_context
+        n, c = len(self), int((self.kind == Kind.CONTEXT).sum())
         if c < 1 or (self.kind[:c] != Kind.CONTEXT).any():
             raise ValueError("a tree starts with at least one CONTEXT node and keeps them first")
         if (self.parent >= np.arange(n)).any() or (self.parent[1:] < 0).any():

@@ -7,10 +7,6 @@ what it agrees with its target, not what it knows (DistillSpec, Zhou et al. 2023
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -18,48 +14,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from foretell.core.errors import InputError
-from foretell.lab.train import data, measure
+from foretell.lab.train import corpora, data, measure
 from foretell.lab.train.export import ModelCard, NetworkReport, export_pair
-from foretell.lab.train.loop import Loss, Plan, save_text_atomically, train_network
-from foretell.lab.train.network import Llama, LlamaShape
+from foretell.lab.train.loop import Loss, save_text_atomically, train_network
+from foretell.lab.train.network import Llama
+from foretell.lab.train.settings import (
+    PRESETS,
+    BaseSettings,
+    mixture_weights,
+    plan_for,
+    prepare_folders,
+    shape_of,
+)
+from foretell.lab.train.tokenizer import TURN_END, build_tokenizer, render_chat
 
 DISTILLATION_SHARE = 0.7  # of the drafter's loss; the rest is cross-entropy on the text
-PRESETS: dict[str, dict[str, dict[str, int]]] = {
-    "cpu": {
-        "target": {"hidden": 256, "layers": 10, "heads": 8, "kv_heads": 4, "ffn": 640},
-        "draft": {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 320},
-        "batch": {"batch_tokens": 4096, "row": 512, "long_row": 2048},
-    },
-    "gpu": {
-        "target": {"hidden": 512, "layers": 10, "heads": 8, "kv_heads": 4, "ffn": 1280},
-        "draft": {"hidden": 256, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 640},
-        "batch": {"batch_tokens": 65536, "row": 1024, "long_row": 2048},
-    },
-}
-
-
-@dataclass(frozen=True)
-class BaseSettings:
-    """Everything a user can choose; `None` means: the preset or the default decides."""
-
-    out: Path
-    run_dir: Path
-    corpora: dict[str, Path] = field(default_factory=dict)  # name -> file, beside the stdlib
-    weights: dict[str, float] = field(default_factory=dict)
-    licences: dict[str, str] = field(default_factory=dict)
-    size: str | None = None
-    minutes: float | None = None
-    tokens: int | None = None  # target's budget in tokens, instead of minutes
-    draft_share: float = 0.28  # of the budget
-    vocab: int = 4096
-    target_shape: dict[str, int] = field(default_factory=dict)
-    draft_shape: dict[str, int] = field(default_factory=dict)
-    batch: dict[str, int] = field(default_factory=dict)
-    stdlib: bool = True
-    checkpoint_minutes: float = 3.0
-    compile: bool = True
-    seed: int = 0
-    command: str = "foretell train base"  # as the user typed it, for the model card
 
 
 def train_base(settings: BaseSettings) -> None:
@@ -75,18 +44,18 @@ def train_base(settings: BaseSettings) -> None:
     prepare_folders(settings, target_shape, draft_shape, batch)
 
     say("reading the corpora")
-    corpora = []
+    texts = []
     if settings.stdlib:
-        corpora.append(data.split_corpus("python", data.python_sources(), is_code=True))
+        texts.append(corpora.split_corpus("python", corpora.python_sources(), is_code=True))
     for name, path in settings.corpora.items():
-        corpora.append(data.split_corpus(name, data.read_corpus(path)))
+        texts.append(corpora.split_corpus(name, corpora.read_corpus(path)))
 
     tokenizer_path = settings.run_dir / "tokenizer.json"
     if tokenizer_path.exists():
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
     else:
         say(f"building a tokenizer of {settings.vocab:,} pieces")
-        tokenizer = data.build_tokenizer(corpora, settings.vocab)
+        tokenizer = build_tokenizer(texts, settings.vocab)
         save_text_atomically(tokenizer.to_str(pretty=True), tokenizer_path)
     if tokenizer.get_vocab_size() != settings.vocab:
         raise InputError(
@@ -94,7 +63,7 @@ def train_base(settings: BaseSettings) -> None:
             f"give more text or a --vocab of at most that."
         )
     say("encoding the corpora")
-    domains = [data.encode_corpus(c, tokenizer, weights[c.name], settings.seed) for c in corpora]
+    domains = [data.encode_corpus(t, tokenizer, weights[t.name], settings.seed) for t in texts]
     for domain in domains:
         say(
             f"  {domain.name}: {len(domain.stream.ids):,} tokens to train on, "
@@ -125,8 +94,7 @@ def train_base(settings: BaseSettings) -> None:
     target.requires_grad_(False)
     target_report = NetworkReport(trained, target.parameter_count(), held_out(target))
 
-    # The drafter: fresh streams, so it sees the rows in the order the target did.
-    domains = [data.encode_corpus(c, tokenizer, weights[c.name], settings.seed) for c in corpora]
+    # The drafter, on the same rows in the same order.
     torch.manual_seed(settings.seed + 1)
     draft = Llama(draft_shape).to(device)
 
@@ -167,11 +135,11 @@ def train_base(settings: BaseSettings) -> None:
 SAMPLE_PROMPTS = [
     'def is_even(n):\n    """Return True if n is an even number."""\n',
     "import os\n\n\nclass Counter:\n    def __init__(self, start=0):\n",
-    data.render_chat(
+    render_chat(
         "Tom has 5 boxes with 12 pencils each. He gives away 15 pencils. "
         "How many pencils does Tom have left?",
         "",
-    ).removesuffix(f"{data.TURN_END}\n"),
+    ).removesuffix(f"{TURN_END}\n"),
     "It was late in the evening when the carriage",
 ]
 
@@ -208,95 +176,5 @@ def round_to_bfloat16(network: Llama) -> None:
         weight.copy_(weight.bfloat16())
 
 
-def plan_for(
-    settings: BaseSettings,
-    batch: dict[str, int],
-    share: float,
-    matrix_lr: float,
-    vector_lr: float,
-) -> Plan:
-    return Plan(
-        seconds=None if settings.minutes is None else settings.minutes * 60 * share,
-        tokens=None if settings.tokens is None else int(settings.tokens * share),
-        matrix_lr=matrix_lr,
-        vector_lr=vector_lr,
-        checkpoint_seconds=settings.checkpoint_minutes * 60,
-        **batch,
-    )
-
-
-def shape_of(vocab: int, sizes: dict[str, int]) -> LlamaShape:
-    """Checked sizes; the sentence names what does not fit."""
-    known = ("hidden", "layers", "heads", "kv_heads", "ffn")
-    unknown = sizes.keys() - set(known)
-    if unknown:
-        raise InputError(f"unknown size '{min(unknown)}'; use {', '.join(known)}.")
-    if min(sizes.values()) < 1:
-        raise InputError("every size of a network must be at least 1.")
-    if sizes["hidden"] % (2 * sizes["heads"]) or sizes["heads"] % sizes["kv_heads"]:
-        raise InputError(
-            f"hidden={sizes['hidden']} must be a multiple of 2 * heads={sizes['heads']}, "
-            f"and heads a multiple of kv_heads={sizes['kv_heads']}."
-        )
-    return LlamaShape(vocab=vocab, **sizes)
-
-
-def mixture_weights(names: list[str], chosen: dict[str, float]) -> dict[str, float]:
-    """Chosen shares; whoever was given none splits what is left equally."""
-    unknown = chosen.keys() - set(names)
-    if unknown:
-        raise InputError(f"--weight names '{min(unknown)}', which is none of: {', '.join(names)}.")
-    if min(chosen.values(), default=1.0) <= 0:
-        raise InputError("every --weight must be above 0.")
-    rest = [name for name in names if name not in chosen]
-    left = max(1.0 - sum(chosen.values()), 0.0)
-    if rest and left == 0.0:
-        raise InputError(f"the weights leave nothing for {', '.join(rest)}.")
-    return chosen | {name: left / len(rest) for name in rest}
-
-
-def prepare_folders(
-    settings: BaseSettings, target: LlamaShape, draft: LlamaShape, batch: dict[str, int]
-) -> None:
-    """Make both folders; refuse to continue a run that was started with other settings."""
-    if (settings.minutes is None) == (settings.tokens is None):
-        raise InputError("give either --minutes or --tokens.")
-    if not settings.stdlib and not settings.corpora:
-        raise InputError("there is nothing to train on: give a --corpus or leave the stdlib in.")
-    if not 260 <= settings.vocab <= 65536:
-        raise InputError("--vocab must lie between 260 and 65536.")
-    for path in settings.corpora.values():
-        if not path.is_file():
-            raise InputError(f"there is no corpus file {path}.")
-    for folder in (settings.out, settings.run_dir):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}.") from None
-    identity = {
-        "target": target.as_dict(),
-        "draft": draft.as_dict(),
-        "batch": batch,
-        "corpora": sorted(settings.corpora),
-        "stdlib": settings.stdlib,
-        "seed": settings.seed,
-    }
-    record = settings.run_dir / "run.json"
-    if record.exists() and json.loads(record.read_text()) != identity:
-        raise InputError(
-            f"{settings.run_dir} holds a run with other settings; "
-            f"name another --run-dir or delete it."
-        )
-    save_text_atomically(json.dumps(identity, indent=1), record)
-
-
 def per_domain(title: str, values: dict[str, float]) -> str:
     return f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-def start_over(run_dir: Path) -> None:
-    """Forget what an earlier run left; only files a run writes are removed."""
-    for name in ("run.json", "tokenizer.json", "target.pt", "draft.pt"):
-        (run_dir / name).unlink(missing_ok=True)

@@ -15,9 +15,15 @@ import torch
 from safetensors.torch import save as serialise
 from tokenizers import Tokenizer
 
-from foretell.lab.train.data import CHAT_TEMPLATE, END_OF_TEXT, SPECIAL_TOKENS, TURN_END, TURN_START
 from foretell.lab.train.loop import Outcome
 from foretell.lab.train.network import Llama
+from foretell.lab.train.tokenizer import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    SPECIAL_TOKENS,
+    TURN_END,
+    TURN_START,
+)
 
 
 @dataclass(frozen=True)

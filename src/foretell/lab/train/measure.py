@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from foretell.lab.train.data import SPECIAL_TOKENS, Domain
+from foretell.lab.train.data import Domain
 from foretell.lab.train.network import Llama
+from foretell.lab.train.tokenizer import SPECIAL_TOKENS
 
 FINAL_TOKENS, PROGRESS_TOKENS = 32_768, 8_192  # held-out tokens per domain
 

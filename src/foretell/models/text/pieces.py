@@ -99,14 +99,30 @@ class Detokenizer:
         return True
 
     def start(self, ids: Iterable[int] = (), *, skip_special: bool = True) -> State:
-        """The state after `ids`."""
-        state = State(strip=self._strip)
+        """The state after `ids`. Reads the beginning and the end of them, not what is between."""
+        state, given = State(strip=self._strip), list(ids)
         if self._kind == "whole":
-            kept = tuple(i for i in ids if not (skip_special and i in self._special))
+            kept = tuple(i for i in given if not (skip_special and i in self._special))
             return State(ids=kept, text=self._whole(kept).rstrip("\ufffd"))
-        for i in ids:
+        at = 0
+        while at < len(given) and not (state.seen and state.strip == 0):
+            _, state = self.step(state, given[at], skip_special=skip_special)
+            at += 1
+        for tail in range(len(given) - 1, at - 1, -1):
+            if not (skip_special and given[tail] in self._special) and self._anchors(given[tail]):
+                at, state = tail, state._replace(pending=b"")
+                break
+        for i in given[at:]:
             _, state = self.step(state, i, skip_special=skip_special)
         return state
+
+    def _anchors(self, token: int) -> bool:
+        """Whether no byte before `token` can be part of a character that ends after it begins:
+        it is text, or holds a byte that only begins characters."""
+        piece = self._cached(token)
+        if isinstance(piece, bytes):
+            return any(b & 0xC0 != 0x80 for b in piece)
+        return piece is not None
 
     def step(self, state: State, token: int, *, skip_special: bool = True) -> tuple[str, State]:
         """The text that one more id makes certain, and the state after it."""
@@ -118,10 +134,7 @@ class Detokenizer:
             if text.endswith("\ufffd") or not text.startswith(state.text):
                 return "", state._replace(ids=ids)  # not settled yet
             return text[len(state.text) :], State(ids=ids, text=text)
-        try:
-            piece = self._pieces[token]
-        except KeyError:
-            piece = self._pieces[token] = self._piece(token)
+        piece = self._cached(token)
         if piece is None:
             return "", state
         if isinstance(piece, bytes):
@@ -164,6 +177,13 @@ class Detokenizer:
             return b""
         piece = self._piece(token) if self._kind != "whole" else text
         return piece if isinstance(piece, bytes) else (piece or "").encode("utf-8", "replace")
+
+    def _cached(self, token: int) -> bytes | str | None:
+        try:
+            return self._pieces[token]
+        except KeyError:
+            piece = self._pieces[token] = self._piece(token)
+            return piece
 
     def _token(self, token: int) -> str:
         return self._backend.id_to_token(token) or ""

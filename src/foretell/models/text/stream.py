@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from foretell.models.tokenizer import Tokenizer
+    from foretell.models.text.tokenizer import Tokenizer
 
 
 class StreamDecoder:
@@ -15,7 +15,7 @@ class StreamDecoder:
     All texts of `push` and the final `flush`, joined, are `decode(prompt + ids)` without what
     `decode(prompt)` shows: the space between prompt and output is there, and a character whose
     bytes end in the output appears whole. With an empty prompt they are `decode(ids)`. A push costs
-    the same whatever came before it.
+    the same whatever came before it, and so does the prompt.
     """
 
     __slots__ = ("_detok", "_skip", "_state")
@@ -40,7 +40,7 @@ class StreamDecoder:
         return texts
 
     def flush(self) -> str:
-        """End of text: U+FFFD for bytes that never became a character. Starts afresh after it."""
+        """End of text: U+FFFD for bytes that never became a character. A second call gives ""."""
         text = self._detok.finish(self._state)
         self._state = self._state._replace(pending=b"", text=self._state.text + text)
         return text

@@ -18,8 +18,6 @@ from foretell.models.text.config import NAMED, TextConfig, read_text_config
 from foretell.models.text.pieces import Detokenizer
 from foretell.models.text.stream import StreamDecoder
 
-__all__ = ["StreamDecoder", "Tokenizer"]
-
 # Classes for which add_bos_token / add_eos_token overrule tokenizer.json; add_bos_token's default.
 _OVERRULE = {
     "LlamaTokenizer": True,

@@ -1,0 +1,130 @@
+"""What several commands do: load a model, show progress, print JSON, write files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foretell.cli.main import leave_at_once, raise_interrupts
+from foretell.cli.options import ModelOptions
+from foretell.core.errors import InputError
+
+if TYPE_CHECKING:
+    from foretell.engine.llm import LLM
+
+Advance = Callable[[int], None]
+
+
+def load_llm(options: ModelOptions, quiet: bool = False, **more: Any) -> LLM:
+    """Import torch and load the model that the options name. Ctrl-C leaves at once meanwhile."""
+    import threading
+
+    options.validate()
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:
+        leave_at_once()
+    try:
+        with _spinner("loading", quiet):
+            from foretell.engine.llm import LLM
+
+            return LLM.load(
+                options.model,
+                draft=options.draft,
+                verify=options.verify,
+                policy=options.policy,
+                allow_lossy=options.allow_lossy,
+                dtype=options.dtype,
+                device=options.device,
+                threads=options.threads,
+                max_batch=more.pop("max_batch", options.batch),
+                kv_rows=options.kv_rows,
+                **more,
+            )
+    finally:
+        if main_thread:
+            raise_interrupts()
+
+
+@contextmanager
+def _spinner(text: str, quiet: bool) -> Iterator[None]:
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def progress(text: str, total: int, quiet: bool = False) -> Iterator[Advance]:
+    """A bar on stderr if that is a terminal; yields what moves it on."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def dumps(value: Any) -> str:
+    """One line of ASCII JSON; numbers that JSON lacks become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def check_writable(path: Path | None) -> None:
+    """Say so before decoding when `write_atomically` is going to fail."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--out {path} is a directory: name a file.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"--out {path}: there is no directory {folder}.")
+    probe = _beside(path)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"--out {path} cannot be written ({e.strerror}).") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    part = _beside(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as e:
+        raise InputError(f"--out {path} cannot be written ({e.strerror}).") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """One line on stderr."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)

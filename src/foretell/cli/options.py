@@ -1,0 +1,275 @@
+"""The options that commands share, declared once.
+
+A group is a dataclass whose fields carry typer metadata. A command takes whole groups as
+parameters, and `command` spells them out for typer and puts them together again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from foretell.core.errors import InputError
+from foretell.core.registry import Spec, names, suggest
+
+if TYPE_CHECKING:
+    from foretell.core.params import SamplingParams
+
+
+def opt(panel: str, help: str, *flags: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
+
+
+MODEL, SPECULATION, SAMPLING, STOPPING = "Model", "Speculation", "Sampling", "Length and stopping"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, where it runs, and how it speculates."""
+
+    model: Annotated[
+        str | None,
+        opt(MODEL, "Checkpoint directory or hub id; without it the bundled model.", metavar="M"),
+    ] = None
+    dtype: Annotated[
+        str, opt(MODEL, "auto, float32 or bfloat16 (int8 and int4 are not available yet).")
+    ] = "auto"
+    device: Annotated[str, opt(MODEL, "auto, cpu, cuda or cuda:N.")] = "auto"
+    threads: Annotated[int | None, opt(MODEL, "CPU threads.")] = None
+    batch: Annotated[int, opt(MODEL, "Sequences decoded together.")] = 1
+    kv_rows: Annotated[
+        int | None, opt(MODEL, "Rows of the KV cache over all sequences; without it what fits.")
+    ] = None
+    draft: Annotated[
+        str,
+        opt(
+            SPECULATION,
+            "Drafter: name, name:key=value,... or a JSON object; none = plain decoding. "
+            "auto = the drafter beside the model, else prompt-lookup.",
+            metavar="SPEC",
+        ),
+    ] = "auto"
+    verify: Annotated[
+        str,
+        opt(
+            SPECULATION,
+            "greedy, replay (both exact), rejection (lossless); auto = exact.",
+            metavar="NAME",
+        ),
+    ] = "auto"
+    policy: Annotated[
+        str, opt(SPECULATION, "How much to draft, e.g. confidence:threshold=0.5.", metavar="SPEC")
+    ] = "fixed"
+    allow_lossy: Annotated[
+        bool, opt(SPECULATION, "Allow methods that change what the model says.", "--allow-lossy")
+    ] = False
+
+    def validate(self) -> None:
+        """Everything that can be said before torch is imported and weights are read."""
+        if self.dtype in ("int8", "int4"):
+            raise InputError(f"--dtype {self.dtype} is not available yet: use float32 or bfloat16.")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"--dtype {self.dtype} is unknown: use float32 or bfloat16.")
+        for flag in ("batch", "threads", "kv_rows"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise InputError(f"--{flag.replace('_', '-')} {value} makes no sense: at least 1.")
+        for kind, text in (
+            ("drafter", self.draft),
+            ("verifier", self.verify),
+            ("policy", self.policy),
+        ):
+            name = Spec.parse(text).name
+            if name != "auto" and name not in names(kind):
+                raise InputError(f"Unknown {kind} '{name}': {suggest(name, names(kind))}")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen and when to stop; `SamplingParams` on the command line."""
+
+    max_tokens: Annotated[int, opt(STOPPING, "Most new tokens.")] = 128
+    min_tokens: Annotated[int, opt(STOPPING, "Forbid ending before this many.")] = 0
+    stop: Annotated[list[str] | None, opt(STOPPING, "Stop at this text. Repeatable.")] = None
+    stop_token_id: Annotated[
+        list[int] | None, opt(STOPPING, "Stop at this token id. Repeatable.")
+    ] = None
+    include_stop: Annotated[
+        bool, opt(STOPPING, "Keep the stop text in the output.", "--include-stop")
+    ] = False
+    ignore_eos: Annotated[
+        bool, opt(STOPPING, "Do not stop at the end-of-text token.", "--ignore-eos")
+    ] = False
+    temperature: Annotated[float, opt(SAMPLING, "0 = greedy.")] = 0.0
+    top_p: Annotated[float, opt(SAMPLING, "Nucleus; 1 = off.")] = 1.0
+    top_k: Annotated[int, opt(SAMPLING, "Only the k most likely; 0 = off.")] = 0
+    min_p: Annotated[float, opt(SAMPLING, "At least this share of the best; 0 = off.")] = 0.0
+    typical_p: Annotated[float, opt(SAMPLING, "Locally typical; 1 = off.")] = 1.0
+    repetition_penalty: Annotated[float, opt(SAMPLING, "1 = off.")] = 1.0
+    presence_penalty: Annotated[float, opt(SAMPLING, "0 = off.")] = 0.0
+    frequency_penalty: Annotated[float, opt(SAMPLING, "0 = off.")] = 0.0
+    logit_bias: Annotated[
+        list[str] | None, opt(SAMPLING, "Add V to a token's logit. Repeatable.", metavar="ID=V")
+    ] = None
+    bad_word: Annotated[list[str] | None, opt(SAMPLING, "Never say this. Repeatable.")] = None
+    allowed_ids: Annotated[
+        str | None, opt(SAMPLING, "Only these token ids.", metavar="ID,ID,...")
+    ] = None
+    seed: Annotated[int | None, opt(SAMPLING, "Same seed, same text; without it a fresh one.")] = None
+    n: Annotated[int, opt(SAMPLING, "Continuations of every prompt.", "--n")] = 1
+    logprobs: Annotated[
+        int | None, opt(SAMPLING, "Log-probabilities of the N best at every token (JSON).")
+    ] = None
+    prompt_logprobs: Annotated[int | None, opt(SAMPLING, "The same over the prompt.")] = None
+
+    def params(self) -> SamplingParams:
+        """InputError names the flag."""
+        from foretell.core.params import SamplingParams
+
+        renamed = {
+            "stop_token_ids": self.stop_token_id or (),
+            "bad_words": self.bad_word or (),
+            "stop": self.stop or (),
+            "allowed_token_ids": _ids(self.allowed_ids),
+            "logit_bias": _biases(self.logit_bias or []),
+        }
+        same = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in SamplingParams.__dataclass_fields__ and f.name not in renamed
+        }
+        try:
+            return SamplingParams(**same, **renamed)
+        except InputError as error:
+            raise InputError(_with_flag(str(error))) from None
+
+
+_FLAGS = {
+    "stop_token_ids": "--stop-token-id",
+    "bad_words": "--bad-word",
+    "allowed_token_ids": "--allowed-ids",
+}
+
+
+def _with_flag(message: str) -> str:
+    """'top_p=nan makes no sense' -> '--top-p nan makes no sense'."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        return _FLAGS.get(name, f"--{name.replace('_', '-')}") + " "
+
+    return re.sub(r"^([a-z_]+)=", flag, message)
+
+
+def _ids(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(t) for t in text.split(",") if t.strip()]
+    except ValueError:
+        raise InputError(f"--allowed-ids '{text}' is not a list of token ids like 5,17.") from None
+
+
+def _biases(entries: list[str]) -> dict[int, float]:
+    biases = {}
+    for entry in entries:
+        token, _, value = entry.partition("=")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError:
+            raise InputError(f"--logit-bias '{entry}' is not of the form ID=V.") from None
+    return biases
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Spell out, for typer, the parameters of `function` whose type is a group of options."""
+    signature = inspect.signature(function, eval_str=True)
+    groups: dict[str, type] = {}
+    spelled: list[inspect.Parameter] = []
+    for p in signature.parameters.values():
+        if not is_dataclass(p.annotation):
+            spelled.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[p.name] = p.annotation  # type: ignore[assignment]
+        hints = get_type_hints(p.annotation, include_extras=True)
+        spelled += [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_default(f),
+                annotation=hints[f.name],
+            )
+            for f in fields(p.annotation)
+        ]
+
+    def run(**values: Any) -> Any:
+        for name, group in groups.items():
+            taken = {f.name: values.pop(f.name) for f in fields(group)}
+            values[name] = group(**taken)
+        return function(**values)
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature(spelled)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in spelled}
+    return run
+
+
+def _default(f: Field[Any]) -> Any:
+    return inspect.Parameter.empty if f.default is MISSING else f.default
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of this call."""
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as e:
+        raise InputError(f"The config file {path} cannot be read ({e.strerror}).") from None
+    except ValueError as e:
+        raise InputError(f"The config file {path} is no JSON ({e}).") from None
+    if not isinstance(values, dict):
+        raise InputError(f"The config file {path} holds no JSON object.")
+    here = {p.name for p in context.command.params}
+    shared = {f.name for group in (ModelOptions, SamplingOptions) for f in fields(group)}
+    known = (here | shared) - {"config", "help"}
+    defaults = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise InputError(f"{path}: there is no option '{key}', {suggest(name, known)}")
+        if value is not None and name in here:  # another command's options are for that command
+            defaults[name] = _words(name, value)
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _words(name: str, value: Any) -> Any:
+    """JSON -> what would stand on the command line."""
+    if name == "logit_bias" and isinstance(value, dict):
+        return [f"{k}={v}" for k, v in value.items()]
+    if name == "allowed_ids" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, list):
+        return [_words("", v) for v in value]
+    if isinstance(value, bool):
+        return value
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON object of option defaults.",
+        is_eager=True,
+        callback=_read_config,
+    ),
+]
