@@ -69,7 +69,7 @@ CHAINS = ["bloom", "falcon-alibi", "mistral-window", "gemma2-window", "gpt_neo-l
 STATES = ["mamba", "rwkv", "jamba"]
 
 
-def _module(name: str) -> Any:
+def _module(name: str, spread: float = 4.0) -> Any:
     family, options = MODELS[name]
     config = getattr(transformers, f"{family}Config")(vocab_size=V, **options)
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def _module(name: str) -> Any:
     with torch.no_grad():  # spread the logits: the usual small weights hide mistakes
         for p in model.parameters():
             if p.ndim > 1:
-                p.mul_(4)
+                p.mul_(spread)
     return model
 
 
@@ -245,6 +245,19 @@ def test_trees_are_refused(name: str, get) -> None:
         m.forward(PackedBatch([segment_of(tree, 0, None)]), txn)
 
 
+def test_windows_longer_than_the_probe() -> None:
+    """No short measurement sees them, so the configuration decides."""
+
+    def tree(family: str, **options: Any) -> bool:
+        config = getattr(transformers, f"{family}Config")(vocab_size=V, **GLU, **options)
+        return HFModel(transformers.AutoModelForCausalLM.from_config(config)).spec.caps.tree
+
+    assert not tree("Mistral", sliding_window=64)
+    assert tree("Mistral", sliding_window=None)
+    assert not tree("Qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1)
+    assert tree("Qwen2", use_sliding_window=False)
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
 def test_batches(name: str, get) -> None:
     """Two sequences of different length in one batch, with different fates."""
@@ -294,6 +307,9 @@ def test_embed_and_given_rows(get) -> None:
 def test_logits_that_are_more_than_a_product(name: str, get) -> None:
     with pytest.raises(InputError, match="scored alone"):
         get(name).unembed(torch.zeros(1, 32))
+    small = HFModel(_module(name, spread=1.0))  # a cap that small logits do not feel
+    with pytest.raises(InputError, match="scored alone"):
+        small.unembed(torch.zeros(1, 32))
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -31,6 +31,7 @@ TEXTS = [
     "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈 and flags 🇩🇪",
     "日本語のテキスト、中文文本。한국어",
     "mixed Ünïcödé Ελληνικά Кириллица עברית العربية हिन्दी ไทย",
+    "một việc hợp lý, nhiều người",
     "zero\u200bwidth \u00a0nbsp e\u0301 combining \ufb01 ligature",
     '{\'json\': [1, 2.5e-3, null], "k": "v\\n"}',
     "https://example.org/a?b=c&d=%20#frag",
@@ -511,6 +512,22 @@ def test_add_bos_token(flag: bool | None, folders, tmp_path: Path, reference) ->
     path.write_text(json.dumps(config))
     theirs, ours = LlamaTokenizerFast.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
     assert ours.encode("a") == theirs("a")["input_ids"]
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_add_prefix_space(flag: bool | None, load, tmp_path: Path) -> None:
+    """tokenizer_config.json has the last word, as in transformers."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend.from_str(load("gpt2").backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=flag is not True)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {} if flag is None else {"add_prefix_space": flag}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("word") == theirs("word")["input_ids"]
 
 
 def test_same_vocabulary(load, folders, tmp_path: Path) -> None:

@@ -138,16 +138,17 @@ class TokenTree:
 
     def decisions(self) -> list[int]:
         """The tip and every CANDIDATE: the nodes at which a verifier may need the target's row."""
-        nodes = np.flatnonzero(self.kind == Kind.CANDIDATE).tolist()
+        nodes = np.flatnonzero(self.kind == int(Kind.CANDIDATE)).tolist()
         return [self.tip, *nodes]
 
     def children(self, node: int) -> list[int]:
         """CANDIDATE and DEAD children of `node` in draw order."""
         if self._children is None:
             table: list[list[int]] = [[] for _ in range(len(self))]
+            rider, kinds, parents = int(Kind.RIDER), self.kind.tolist(), self.parent.tolist()
             for i in range(self.n_context, len(self)):
-                if self.kind[i] != Kind.RIDER:
-                    table[self.parent[i]].append(i)
+                if kinds[i] != rider:
+                    table[parents[i]].append(i)
             self._children = table
         return self._children[node]
 

@@ -33,7 +33,7 @@ from foretell.engine.outputs import RequestOutput, SampleOutput
 from foretell.engine.scheduler import Scheduler
 from foretell.engine.sequence import Sequence as EngineSequence
 from foretell.engine.sequence import TokenEvent
-from foretell.models.load import load_model
+from foretell.models.load import find_checkpoint, load_model
 from foretell.models.text.stream import StreamDecoder
 from foretell.models.text.tokenizer import Tokenizer
 
@@ -122,6 +122,7 @@ class LLM:
         draft: MethodSpec = "auto",
         dtype: str = "auto",
         device: str = "auto",
+        backend: str = "auto",
         threads: int | None = None,
         progress: Callable[[float, str], None] | None = None,
         **options: Any,
@@ -129,31 +130,31 @@ class LLM:
         """Load target, tokenizer and drafter. Raises InputError with one sentence when the model,
         a method or an option is unknown or unusable.
 
-        dtype: auto, float32, bfloat16; device: auto, cpu, cuda, cuda:N; threads: torch's CPU
-        threads; progress(fraction, what) is called while weights are read.
+        dtype: auto, float32, bfloat16; device: auto, cpu, cuda, cuda:N; backend: auto, native,
+        hf (transformers); threads: torch's CPU threads; progress(fraction, what) is called while
+        weights are read.
         """
         if threads is not None:
             if threads < 1:
                 raise InputError(f"threads={threads} makes no sense: it is at least 1.")
             torch.set_num_threads(threads)
-        path = str(model) if model is not None else str(bundled_model())
-        target = load_model(path, dtype=dtype, device=device, progress=progress)
-        where = Path(target.spec.name) if Path(target.spec.name).is_dir() else Path(path)
-        tokenizer = Tokenizer.load(where)
+        folder = find_checkpoint(bundled_model() if model is None else str(model))
+        kind: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend}
+        target = load_model(folder, progress=progress, **kind)
+        tokenizer = Tokenizer.load(folder)
         tokenizer.check_vocab(target.spec.vocab)
-        beside = where / "draft"
+        beside = folder / "draft"
         default = str(beside) if (beside / "config.json").is_file() else None
 
         def load_draft(name: str) -> TargetModel:
-            small = load_model(name, dtype=dtype, device=device)
-            home = Path(small.spec.name) if Path(small.spec.name).is_dir() else Path(name)
+            home = find_checkpoint(name)
             reason = tokenizer.same_vocabulary(Tokenizer.load(home))
             if reason:
                 raise InputError(
                     f"The draft model {name} does not share the target's vocabulary: {reason} "
                     "Choose a drafter with the same tokenizer."
                 )
-            return small
+            return load_model(home, **kind)
 
         if isinstance(draft, str) and draft == "auto":
             draft = "draft-model" if default else "prompt-lookup"

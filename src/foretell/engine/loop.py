@@ -203,8 +203,8 @@ class Engine:
         """Advance the constraint; ids it leaves no choice about become pending without a draw."""
         assert seq.constraint is not None
         seq.constraint.advance(emitted)
-        if seq.finish.reason is not None:
-            return []
+        if seq.finish.reason is not None or seq.params.logprobs is not None:
+            return []  # with logprobs every token is drawn, from a row of its own
         pieces = seq.finish.take(seq.constraint.forced()[: _room(seq)])
         base = len(seq.output)
         events = [

@@ -188,11 +188,12 @@ class HFModel:
             given["inputs_embeds"] = rows
         else:
             given["input_ids"] = ids
-        wanted = segment.logits
-        if wanted is not None and self._picks_logits:
-            pick = np.asarray(wanted, np.int64)
-            # None wanted: 0 would mean all, so ask for one row and drop it.
-            given["logits_to_keep"] = torch.from_numpy(pick).to(self.device) if len(pick) else 1
+        rest = None if segment.logits is None else np.asarray(segment.logits, np.int64)
+        if rest is not None and self._picks_logits:
+            if len(rest):
+                given["logits_to_keep"], rest = torch.from_numpy(rest).to(self.device), None
+            else:  # here 0 would mean all: ask for one row, and pick none of it below
+                given["logits_to_keep"] = 1
         seen: list[Tensor] = []
         hooks = []
         if self.spec.layers in taps:
@@ -206,10 +207,7 @@ class HFModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        logits = out.logits[0]
-        if wanted is not None and not (self._picks_logits and len(wanted)):
-            logits = logits[: logits.shape[0] * bool(len(wanted))]
-            logits = logits[np.asarray(wanted, np.int64)] if len(wanted) else logits
+        logits = out.logits[0] if rest is None else out.logits[0][torch.from_numpy(rest)]
         states = {t: self._state(t, out.hidden_states, seen) for t in taps}
         return logits.float(), states
 

@@ -16,12 +16,13 @@ def follow(tree: TokenTree, nodes: Sequence[int], answers: Sequence[int]) -> Ver
     """
     answer = dict(zip(nodes, answers, strict=True))
     current, path, tokens = tree.tip, [], []
+    drafted, alive = tree.tokens.tolist(), int(Kind.CANDIDATE)
     while True:
         want = answer[current]
         tokens.append(want)
         children = tree.children(current)
         for child in children:
-            if tree.tokens[child] == want and tree.kind[child] == Kind.CANDIDATE:
+            if drafted[child] == want and tree.kind[child] == alive:
                 path.append(child)
                 current = child
                 break
