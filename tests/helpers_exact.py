@@ -1,7 +1,7 @@
 """Exact laws of random procedures: every random draw branches, with its exact probability.
 
-`outcomes(run)` calls ``run(branch)`` once for every combination of random outcomes. `Branch` has the
-methods that verifiers may use (`core.protocols.Draws`) and, for draft procedures, `choose`.
+`outcomes(run)` calls ``run(branch)`` once for every combination of random outcomes. `Branch` has
+the methods that verifiers may use (`core.protocols.Draws`) and, for draft procedures, `choose`.
 """
 
 from __future__ import annotations

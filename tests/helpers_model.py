@@ -96,10 +96,10 @@ class TableModel:
         agreement: float = 0.8,
         sharpness: float = 2.0,
         max_positions: int = 128,
-        caps: Caps = Caps(),
+        caps: Caps | None = None,
         taps: Sequence[Any] | None = None,
     ) -> None:
-        self.spec = ModelSpec(vocab, 4, 2, max_positions, caps, f"table-{seed}")
+        self.spec = ModelSpec(vocab, 4, 2, max_positions, caps or Caps(), f"table-{seed}")
         self.device = torch.device("cpu")
         self.order, self.seed, self.like, self.agreement = order, seed, like, agreement
         self.sharpness = sharpness
@@ -221,9 +221,11 @@ class LetterState(NamedTuple):
     text: str = ""
 
 
-def pair(vocab: int = 11, seed: int = 0, **options: Any) -> tuple[TableModel, BuildContext]:
+def pair(
+    vocab: int = 11, seed: int = 0, draft_order: int = 2, **options: Any
+) -> tuple[TableModel, BuildContext]:
     """A target, and a context from which ``draft-model`` finds a drafter that often agrees."""
     target = TableModel(vocab, seed=seed, **options)
     positions = target.spec.max_positions
-    draft = TableModel(vocab, order=2, seed=seed + 1, like=target, max_positions=positions)
+    draft = TableModel(vocab, draft_order, seed + 1, like=target, max_positions=positions)
     return target, BuildContext(target, None, lambda path: draft, "the table's drafter")

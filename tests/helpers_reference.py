@@ -92,9 +92,7 @@ def law(model, prompt, output, params, stop_ids=(), bad_words=(), mask: Mask | N
     """The distribution of the next token [V]."""
     logits = model.logits([*prompt, *output]).tolist()
     allowed = None if mask is None else mask(output)
-    return filtered(
-        processed(logits, params, prompt, output, stop_ids, bad_words, allowed), params
-    )
+    return filtered(processed(logits, params, prompt, output, stop_ids, bad_words, allowed), params)
 
 
 def decode(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import methods
 import pytest
 
+import methods
 from foretell.core import registry
 from foretell.core.protocols import Draw, Needs, Promise
 

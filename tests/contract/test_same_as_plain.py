@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from typing import Any
 
-import methods
 import pytest
 
 import helpers_reference as reference
+import methods
 from foretell import LLM, SamplingParams
 from helpers_model import TableModel, pair
 
@@ -32,8 +31,7 @@ def expected(prompts: list[list[int]], params: SamplingParams) -> list[list[int]
 def settings() -> list[Any]:
     """Every drafter with the default policy, every policy with the drafters that have scores."""
     pairs = [(d, "fixed") for d in methods.ALL_DRAFTERS]
-    scored = ["draft-model:tokens=4", "draft-model:tokens=4,branching=3", "prompt-lookup"]
-    pairs += itertools.product(scored, methods.ALL_POLICIES[1:])
+    pairs += [("draft-model:tokens=4,branching=3", p) for p in methods.ALL_POLICIES[1:]]
     return [pytest.param(d, p, id=f"{d} {p}") for d, p in pairs]
 
 
@@ -76,7 +74,7 @@ class TestSameTokens:
 def test_replay_equals_plain_sampling_for_many_seeds(draft: str) -> None:
     target, context = pair(seed=3)
     llm = LLM(target, draft=draft, context=context)
-    for seed in range(60):
+    for seed in range(40):
         params = SamplingParams(max_tokens=16, temperature=1.0, seed=seed)
         got = llm.generate([LONG], params)[0].token_ids
         assert got == reference.decode(target, LONG, params), seed
@@ -94,11 +92,11 @@ def test_the_tests_speculate(draft: str, temperature: float) -> None:
 
 
 PROCESSED = {
-    "penalties": dict(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3),
-    "filters": dict(top_k=6, top_p=0.9, min_p=0.02, typical_p=0.95),
-    "bias": dict(logit_bias={3: 2.0, 4: -3.0, 5: float("-inf")}, allowed_token_ids=range(1, 10)),
-    "stop ids": dict(stop_token_ids=(4, 6), min_tokens=9),
-    "frequency": dict(frequency_penalty=1.5),
+    "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    "filters": {"top_k": 6, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.95},
+    "bias": {"logit_bias": {3: 2.0, 4: -3.0, 5: float("-inf")}, "allowed_token_ids": range(1, 10)},
+    "stop ids": {"stop_token_ids": (4, 6), "min_tokens": 9},
+    "frequency": {"frequency_penalty": 1.5},
 }
 
 
@@ -106,7 +104,7 @@ PROCESSED = {
 @pytest.mark.parametrize("processors", PROCESSED)
 @pytest.mark.parametrize("draft", methods.SPECULATIVE)
 def test_processors_see_each_nodes_own_path(draft, processors, temperature) -> None:
-    for seed in range(3):
+    for seed in range(2 if temperature else 1):
         params = SamplingParams(
             max_tokens=25, temperature=temperature, seed=seed, **PROCESSED[processors]
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import methods
 import pytest
 
 import helpers_reference as reference
+import methods
 from foretell import LLM, SamplingParams
 from foretell.core.protocols import BuildContext
 from helpers_model import Letters, TableModel

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from foretell.core.feedback import Verdict
 from foretell.core.tree import Kind, TokenTree
 from foretell.verify.rejection import Rejection
@@ -26,12 +24,13 @@ from helpers_drafts import (
 from helpers_exact import Branch, Child, Prefix, Table, TableRows, deviation
 
 EXACT = 1e-12
+RIGHT = Rejection()
 Drafting = Callable[[Branch, Prefix], TokenTree]
 
 
 def worst(
     make: Callable[[Table, Table], Grow | Drafting],
-    verify: Callable = Rejection(),
+    verify: Callable = RIGHT,
     *,
     vocab: int = 4,
     horizon: int = 2,
@@ -258,9 +257,7 @@ def test_noise_reused_across_rounds() -> None:
         return procedure
 
     def off(fresh: bool, rounds: int) -> float:
-        return worst(
-            make(fresh), vocab=3, horizon=3, rounds=rounds, total=k, whole=True, seeds=2
-        )
+        return worst(make(fresh), vocab=3, horizon=3, rounds=rounds, total=k, whole=True, seeds=2)
 
     assert off(fresh=True, rounds=1) < EXACT
     assert off(fresh=False, rounds=1) < EXACT

@@ -208,7 +208,7 @@ def test_joint_law_is_the_enumerated_one(toys: tuple[ToyModel, DraftModel]) -> N
 @pytest.mark.stat
 @pytest.mark.parametrize("rule", ["rejection", "replay"])
 def test_right_rules_follow_the_target(toys: tuple[ToyModel, DraftModel], rule: str) -> None:
-    result = fit(toys, rule, 20_000 if rule == "rejection" else 4_000)
+    result = fit(toys, rule, 20_000 if rule == "rejection" else 2_000)
     assert result.p_value > 0.001
     assert result.tv < 2 * result.tv_noise
 
@@ -216,7 +216,7 @@ def test_right_rules_follow_the_target(toys: tuple[ToyModel, DraftModel], rule: 
 @pytest.mark.stat
 @pytest.mark.parametrize("rule", [AcceptAll(), NoResidual()], ids=lambda r: r.name)
 def test_broken_rules_are_found(toys: tuple[ToyModel, DraftModel], rule: AcceptAll) -> None:
-    result = fit(toys, rule, 4_000)
+    result = fit(toys, rule, 2_000)
     assert not result.passed
     assert result.p_value < 1e-9
 

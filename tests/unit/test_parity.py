@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from foretell.core.batch import PackedBatch, Segment, segment_of
 from foretell.core.tree import TokenTree
 from foretell.models.load import load_model
+from foretell.models.native.families import describe
 from foretell.models.native.runner import NativeModel
 
 transformers = pytest.importorskip("transformers")
@@ -26,21 +29,21 @@ def base(r: random.Random, **more: object) -> dict:
     kv = r.choice([1, 2, 3])
     heads = kv * r.choice([1, 2, 3])
     head_dim = r.choice([8, 12, 16])
-    sizes = dict(
-        vocab_size=r.choice([61, 83]),
-        hidden_size=heads * head_dim,
-        intermediate_size=r.choice([40, 53]),
-        num_hidden_layers=r.choice([2, 3]),
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        max_position_embeddings=256,
-        tie_word_embeddings=r.random() < 0.5,
-        rms_norm_eps=r.choice([1e-5, 1e-6]),
-        rope_theta=r.choice([100.0, 10000.0]),
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    sizes = {
+        "vocab_size": r.choice([61, 83]),
+        "hidden_size": heads * head_dim,
+        "intermediate_size": r.choice([40, 53]),
+        "num_hidden_layers": r.choice([2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": r.random() < 0.5,
+        "rms_norm_eps": r.choice([1e-5, 1e-6]),
+        "rope_theta": r.choice([100.0, 10000.0]),
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return sizes | more
 
 
@@ -85,41 +88,41 @@ def mistral(r: random.Random) -> dict:
 
 
 def qwen2(r: random.Random) -> dict:
-    windowed = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    windowed = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
     return base(r, **(windowed if r.random() < 0.5 else {}))
 
 
 def qwen3(r: random.Random) -> dict:
-    c = qwen2(r) | dict(head_dim=r.choice([8, 20]), attention_bias=r.random() < 0.5)
-    return c | dict(rope_scaling=scaling(r, c), max_position_embeddings=16)
+    c = qwen2(r) | {"head_dim": r.choice([8, 20]), "attention_bias": r.random() < 0.5}
+    return c | {"rope_scaling": scaling(r, c), "max_position_embeddings": 16}
 
 
 def gemma(r: random.Random) -> dict:
     act = r.choice([{}, {"hidden_act": "gelu_pytorch_tanh"}])
-    return base(r, head_dim=r.choice([8, 20])) | dict(tie_word_embeddings=True) | act
+    return base(r, head_dim=r.choice([8, 20])) | {"tie_word_embeddings": True} | act
 
 
 def gemma2(r: random.Random) -> dict:
-    return gemma(r) | dict(
-        query_pre_attn_scalar=r.choice([7, 30]),
-        sliding_window=r.choice([4, 7]),
-        attn_logit_softcapping=r.choice([2.0, 50.0]),
-        final_logit_softcapping=r.choice([None, 3.0]),
-        num_hidden_layers=3,
-        attention_bias=r.random() < 0.5,
-    )
+    return gemma(r) | {
+        "query_pre_attn_scalar": r.choice([7, 30]),
+        "sliding_window": r.choice([4, 7]),
+        "attn_logit_softcapping": r.choice([2.0, 50.0]),
+        "final_logit_softcapping": r.choice([None, 3.0]),
+        "num_hidden_layers": 3,
+        "attention_bias": r.random() < 0.5,
+    }
 
 
 def gemma3(r: random.Random) -> dict:
-    return gemma(r) | dict(
-        query_pre_attn_scalar=r.choice([7, 30]),
-        sliding_window=r.choice([4, 7]),
-        num_hidden_layers=r.choice([3, 7]),
-        rope_theta=5000.0,
-        rope_local_base_freq=50.0,
-        rope_scaling=r.choice([None, {"rope_type": "linear", "factor": 8.0}]),
-        layer_types=None,
-    )
+    return gemma(r) | {
+        "query_pre_attn_scalar": r.choice([7, 30]),
+        "sliding_window": r.choice([4, 7]),
+        "num_hidden_layers": r.choice([3, 7]),
+        "rope_theta": 5000.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": r.choice([None, {"rope_type": "linear", "factor": 8.0}]),
+        "layer_types": None,
+    }
 
 
 def phi3(r: random.Random) -> dict:
@@ -141,13 +144,13 @@ def olmo2(r: random.Random) -> dict:
 
 
 def smollm3(r: random.Random) -> dict:
-    window = dict(use_sliding_window=True, sliding_window=5) if r.random() < 0.5 else {}
-    return base(r, **window) | dict(
-        num_hidden_layers=4,
-        no_rope_layer_interval=r.choice([2, 4]),
-        attention_bias=r.random() < 0.5,
-        mlp_bias=r.random() < 0.5,
-    )
+    window = {"use_sliding_window": True, "sliding_window": 5} if r.random() < 0.5 else {}
+    return base(r, **window) | {
+        "num_hidden_layers": 4,
+        "no_rope_layer_interval": r.choice([2, 4]),
+        "attention_bias": r.random() < 0.5,
+        "mlp_bias": r.random() < 0.5,
+    }
 
 
 def granite(r: random.Random) -> dict:
@@ -164,30 +167,30 @@ def granite(r: random.Random) -> dict:
 
 def gpt2(r: random.Random) -> dict:
     heads = r.choice([2, 3])
-    return dict(
-        vocab_size=61,
-        n_embd=heads * r.choice([7, 8]),
-        n_head=heads,
-        n_layer=3,
-        n_inner=r.choice([None, 37]),
-        n_positions=64,
-        activation_function=r.choice(["gelu_new", "gelu", "relu"]),
-        scale_attn_weights=r.random() < 0.5,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return {
+        "vocab_size": 61,
+        "n_embd": heads * r.choice([7, 8]),
+        "n_head": heads,
+        "n_layer": 3,
+        "n_inner": r.choice([None, 37]),
+        "n_positions": 64,
+        "activation_function": r.choice(["gelu_new", "gelu", "relu"]),
+        "scale_attn_weights": r.random() < 0.5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def neox(r: random.Random) -> dict:
     c = base(r, hidden_act=r.choice(["gelu", "gelu_new"]))
     heads = c["num_attention_heads"]
-    return c | dict(
-        hidden_size=heads * 16,
-        rotary_pct=r.choice([0.25, 0.5, 1.0]),
-        rotary_emb_base=r.choice([100, 10000]),
-        use_parallel_residual=r.random() < 0.6,
-        attention_bias=r.random() < 0.6,
-    )
+    return c | {
+        "hidden_size": heads * 16,
+        "rotary_pct": r.choice([0.25, 0.5, 1.0]),
+        "rotary_emb_base": r.choice([100, 10000]),
+        "use_parallel_residual": r.random() < 0.6,
+        "attention_bias": r.random() < 0.6,
+    }
 
 
 FAMILIES: dict[str, tuple[str, str, Callable[[random.Random], dict]]] = {
@@ -326,10 +329,10 @@ def check_model(ours: NativeModel, theirs: Reference, r: random.Random) -> None:
                 lead = tree.tokens[: min(node + 1, tree.n_context)].tolist()
                 path = lead + tree.path_tokens(node)
                 row = logits[batch.offsets[b] + node]
-                if start:
+                if varies and start:
                     expected = theirs.steps(ids[:start], path)[-1]
                 else:
-                    expected = theirs.prefill(path if varies is False else ids[:7])[len(path) - 1]
+                    expected = theirs.prefill(ids[:start] + path)[-1]
                 assert_close(row, expected, f"sequence {b}, node {node}")
         txn.commit(chosen)
     for cache, start, tree, nodes in zip(caches, starts, trees, chosen, strict=True):
@@ -337,7 +340,10 @@ def check_model(ours: NativeModel, theirs: Reference, r: random.Random) -> None:
         text = tree.tokens[nodes].tolist()
         with ours.open([cache]) as txn:  # what was committed behaves like what was fed alone
             row = ours.forward(PackedBatch([chain([5], cache.n)]), txn).logits[0]
-        expected = theirs.steps(ids[:start] or text, [*text, 5] if start else [5])[-1]
+        if varies and start:
+            expected = theirs.steps(ids[:start], [*text, 5])[-1]
+        else:
+            expected = theirs.prefill([*ids[:start], *text, 5])[-1]
         assert_close(row, expected, "the step after a committed path")
 
 
@@ -352,3 +358,65 @@ def test_family_matches_transformers(family: str, seed: int, tmp_path) -> None:
     ours = load_model(tmp_path, dtype="float32", device="cpu")
     assert isinstance(ours, NativeModel)
     check_model(ours, theirs, r)
+
+
+def test_gemma3_with_images_gives_its_text_part(tmp_path) -> None:
+    r = random.Random(7)
+    text = gemma3(r) | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    theirs = Reference(
+        transformers.Gemma3TextConfig(**text), transformers.Gemma3ForCausalLM, seed=7
+    )
+    weights = theirs.model.state_dict()
+    config = {"model_type": "gemma3", "text_config": theirs.model.config.to_dict()}
+    for prefix in ("language_model.model.", "model.language_model."):  # older and newer files
+        named = {prefix + k.removeprefix("model."): v.clone() for k, v in weights.items()}
+        named.pop(prefix + "lm_head.weight", None)
+        folder = tmp_path / prefix
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(named, folder / "model.safetensors")
+        check_model(load_model(folder, device="cpu"), theirs, random.Random(1))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "gpt_neox", "smollm3"])
+def test_both_spellings_of_rotary_positions_mean_the_same(family: str) -> None:
+    config_name, _, build = FAMILIES[family]
+    for seed in range(6):
+        options = build(random.Random(seed))
+        old = getattr(transformers, config_name)(**options).to_dict()
+        new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling")}
+        scaled = dict(old.get("rope_scaling") or {"rope_type": "default"})
+        scaled.setdefault("rope_type", scaled.pop("type", "default"))
+        theta = old.get("rope_theta", old.get("rotary_emb_base"))
+        share = old.get("partial_rotary_factor", old.get("rotary_pct"))
+        new["rope_parameters"] = scaled | {"rope_theta": theta}
+        if share is not None:
+            new.pop("partial_rotary_factor", None)
+            new.pop("rotary_pct", None)
+            new["rope_parameters"]["partial_rotary_factor"] = share
+        if family == "gemma3_text":
+            near = {"rope_type": "default", "rope_theta": new.pop("rope_local_base_freq")}
+            wide = new["rope_parameters"]
+            new["rope_parameters"] = {"full_attention": wide, "sliding_attention": near}
+        assert describe(new)[0] == describe(old)[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gemma2"])
+def test_low_precision_stays_near(family: str, dtype: str, tmp_path) -> None:
+    r = random.Random(3)
+    config_name, model_name, build = FAMILIES[family]
+    config = getattr(transformers, config_name)(**build(r))
+    theirs = Reference(config, getattr(transformers, model_name), 3)
+    theirs.model.save_pretrained(tmp_path)
+    ours = load_model(tmp_path, dtype=dtype, device="cpu")
+    ids = [r.randrange(3, 61) for _ in range(12)]
+    cache, rows = ours.new_cache(), []
+    for at in (0, 1, 2, 6):  # one row and several take different products
+        n = {0: 1, 1: 1, 2: 4, 6: 6}[at]
+        with ours.open([cache]) as txn:
+            rows.append(ours.forward(PackedBatch([chain(ids[at : at + n], at)]), txn).logits)
+            txn.commit([range(n)])
+    expected = theirs.prefill(ids)
+    error = (torch.cat(rows) - expected).norm() / expected.norm()
+    assert error < (0.1 if dtype == "bfloat16" else 0.02)

@@ -30,7 +30,7 @@ def check(
     model: ModelOptions,
     prompts_file: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="As --prompt-file; without it a built-in list."),
+        typer.Option("--prompts", metavar="FILE", help="As --prompt-file; else a built-in list."),
     ] = None,
     prompts_count: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a prompt.")] = 64,
@@ -102,8 +102,11 @@ def describe(report: Report, temperature: float, llm: LLM) -> list[str]:
     if report.distribution is not None:
         lines += _distribution(report.distribution)
     lines += [f"{part}: not tested, {reason}" for part, reason in report.skipped.items()]
-    verdict = "PASSED: nothing changed" if report.passed else "FAILED: the output changes"
-    return [*lines, verdict]
+    ties = report.greedy.near_ties + (report.replay.near_ties if report.replay else 0)
+    if not report.passed:
+        return [*lines, "FAILED: the output changes"]
+    but = f" but {ties} near-tie{'s' * (ties > 1)}, which rounding explains" if ties else ""
+    return [*lines, f"PASSED: nothing changed{but}"]
 
 
 def _equality(title: str, c: Comparison, name: Callable[[int], str]) -> list[str]:

@@ -26,6 +26,9 @@ def load_llm(options: ModelOptions, quiet: bool = False, **more: Any) -> LLM:
     import threading
 
     options.validate()
+    # Threads that spin at barriers cost a factor of ten and more when another program wants the
+    # cores; sleeping ones cost microseconds. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread:
         leave_at_once()

@@ -172,26 +172,25 @@ def _print(llm: LLM, pairs: list[Pair], promise: str) -> None:
     for pair in pairs:
         plain, fast = pair.speeds
         length = pair.fast[0].stats.acceptance_length
-        heads = (
-            f"plain: {plain:.0f} tokens/s",
-            f"{llm.drafter.name}: {fast:.0f} tokens/s, x{pair.speedup:.2f}, "
-            f"acceptance length {length:.2f}",
-        )
+        heads = (f"plain: {plain:.0f} tokens/s", f"{llm.drafter.name}: {fast:.0f} tokens/s")
+        gain = f"speed-up x{pair.speedup:.2f}, acceptance length {length:.2f}"
         if not fancy:
             print(f"== {pair.name} ==\n{pair.prompt}")
             for head, output in zip(heads, (pair.plain[0], pair.fast[0]), strict=True):
                 print(f"-- {head} --\n{output.text}")
+            print(f"-- {gain} --")
             continue
         console.rule(pair.name)
         console.print(Text(pair.prompt, style="dim"))
-        painted = Text()
-        for text, drafted in show.pieces(llm, pair.fast[0].prompt_ids, pair.fast[0]):
+        painted, fast_run = Text(), pair.fast[0]
+        for text, drafted in show.pieces(llm, fast_run.prompt_ids, fast_run.samples[0]):
             painted.append(text, style="green" if drafted else "yellow")
         columns = Table.grid(expand=True, padding=(0, 1))
         columns.add_column(ratio=1)
         columns.add_column(ratio=1)
         columns.add_row(
-            Panel(Text(pair.plain[0].text), title=heads[0]), Panel(painted, title=heads[1])
+            Panel(Text(pair.plain[0].text), title=heads[0]),
+            Panel(painted, title=heads[1], subtitle=gain),
         )
         console.print(columns)
     total = _summary(llm, pairs, promise)
@@ -202,5 +201,7 @@ def _print(llm: LLM, pairs: list[Pair], promise: str) -> None:
         f"acceptance length {total['acceptance_length']:.2f}, "
         f"{total['drafter']} with {total['verifier']} ({promise})"
     )
+    if total["speedup"] < 1:
+        print("Here plain decoding is the faster one: use --draft none.")
     word = "identical" if total["identical"] else "DIFFERENT"
     print(f"{word}: {total['tokens_identical']} of {total['tokens']} tokens")

@@ -122,7 +122,7 @@ class SamplingOptions:
     allowed_ids: Annotated[
         str | None, opt(SAMPLING, "Only these token ids.", metavar="ID,ID,...")
     ] = None
-    seed: Annotated[int | None, opt(SAMPLING, "Same seed, same text; without it a fresh one.")] = None
+    seed: Annotated[int | None, opt(SAMPLING, "Same seed, same text; else a fresh one.")] = None
     n: Annotated[int, opt(SAMPLING, "Continuations of every prompt.", "--n")] = 1
     logprobs: Annotated[
         int | None, opt(SAMPLING, "Log-probabilities of the N best at every token (JSON).")

@@ -110,7 +110,8 @@ class Processors:
         count = torch.tensor(times, dtype=raw.dtype, device=raw.device)
         r = p.repetition_penalty
         scaled = torch.where(raw > 0, raw / r, raw * r) if r != 1 else raw
-        return scaled - p.frequency_penalty * count - p.presence_penalty * (count > 0)
+        present = (count > 0).to(raw.dtype)
+        return scaled - p.frequency_penalty * count - p.presence_penalty * present
 
     def _banned(self, path: Sequence[int]) -> list[int]:
         banned: list[int] = []

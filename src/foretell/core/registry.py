@@ -129,7 +129,9 @@ def create(kind: str, spec: str | Mapping[str, Any] | Spec, context: Any = None)
 def _convert(spec: Spec, function: Any) -> dict[str, Any]:
     skip = {"self", "context"}
     hints = typing.get_type_hints(function)
-    known = [p for p in inspect.signature(function).parameters if p not in skip]
+    parameters = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = [p.name for p in parameters if p.name not in skip and p.kind not in variadic]
     result = {}
     for key, value in spec.options.items():
         if key not in known:
@@ -141,8 +143,9 @@ def _convert(spec: Spec, function: Any) -> dict[str, Any]:
 
 def _cast(name: str, key: str, value: Any, hint: Any) -> Any:
     choices = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float | None):
         return value
+    value = str(value)
     if type(None) in typing.get_args(hint) and value.lower() == "none":
         return None
     for kind in choices:

@@ -73,9 +73,9 @@ class SeqRng:
         return self.seed if index == 0 else self.key(index, Purpose.FORK) >> 1
 
     def uniform(self, position: int, purpose: Purpose, index: int = 0, salt: int = 0) -> float:
-        """One uniform in (0, 1), 53 bits."""
+        """One uniform in (0, 1), 52 bits (with one more the largest would round to 1)."""
         z = mix((self.key(position, purpose, salt) + _GOLDEN * (index + 1)) & _MASK)
-        return ((z >> 11) + 0.5) * 2.0**-53
+        return ((z >> 12) + 0.5) * 2.0**-52
 
     def flip(self, p: float, w: float, position: int, index: int) -> bool:
         """Accept with probability min(1, p / w): the test of every rejection rule."""
@@ -133,8 +133,8 @@ def _race(keys: Sequence[int], vocab: int, device: str) -> Tensor:
     z ^= (z >> 27).bitwise_and_((1 << 37) - 1)
     z *= _signed(_M2)
     z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
-    u = (z >> 11).bitwise_and_((1 << 53) - 1).to(torch.float64)
-    return u.add_(0.5).mul_(2.0**-53).log_().neg_().to(torch.float32)
+    u = (z >> 12).bitwise_and_((1 << 52) - 1).to(torch.float64)
+    return u.add_(0.5).mul_(2.0**-52).log_().neg_().to(torch.float32)
 
 
 @lru_cache(maxsize=16)

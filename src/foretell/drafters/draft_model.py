@@ -189,14 +189,15 @@ class DraftModel:
                 at = 0
                 for i, nodes in enumerate(frontier):
                     fresh: list[int] = []
+                    width = budgets[i].branching
                     for node in nodes:
                         fresh += self._children(
-                            growing[i], node, logits[at], views[i], budgets[i], self.branching
+                            growing[i], node, logits[at], views[i], budgets[i], width
                         )
                         at += 1
                     fresh = [n for n in fresh if _goes_on(growing[i], n, budgets[i])]
                     fresh.sort(key=lambda n, g=growing[i]: -_path_score(g, n))
-                    frontier[i] = sorted(fresh[: self.branching])
+                    frontier[i] = sorted(fresh[:width])
                 segments = [
                     _branches(g, nodes, len(v.tokens), len(f), used)
                     for g, nodes, v, f, used in zip(

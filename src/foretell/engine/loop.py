@@ -84,6 +84,7 @@ class Engine:
         t1 = perf_counter()
         caches = [t.seq.cache for t in turns]
         batch = self._pack(turns, trees)
+        self.scheduler.shed(batch.rows)  # drafts, too, take the place of kept rows
         with self.model.open(caches) as txn:  # type: ignore[arg-type]  # a running one has a cache
             out = self.model.forward(batch, txn, self.drafter.needs.taps)
             t2 = perf_counter()

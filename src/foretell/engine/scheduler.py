@@ -101,7 +101,7 @@ class Scheduler:
             if seq not in self.running:  # preempted a moment ago
                 continue
             prompt = seq.pending > 1
-            if prompt and (budget <= 0 or self._leader(seq) is not None):
+            if prompt and (budget <= 0 or self._waits(seq, planned)):
                 continue
             feed = min(seq.pending, budget) if prompt else 1
             if not self._make_room(seq, planned + feed, turns):
@@ -125,6 +125,12 @@ class Scheduler:
             while len(self.kept) > self.KEEP:
                 self.kept.popleft()
 
+    def shed(self, rows: int) -> bool:
+        """Drop kept caches, oldest first, until `rows` rows are free; False if they never are."""
+        while rows > self.free and self.kept:
+            self.kept.popleft()
+        return rows <= self.free
+
     def clear_kept(self) -> None:
         self.kept.clear()
 
@@ -144,10 +150,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence, rows: int, turns: list[Turn]) -> bool:
         """See that `rows` rows are free: drop kept caches, then preempt the youngest sequences
         that are younger than `seq` and have no turn yet. False: `seq` waits for older ones."""
-        while rows > self.free:
-            if self.kept:
-                self.kept.popleft()
-                continue
+        while not self.shed(rows):
             younger = self.running[self.running.index(seq) + 1 :]
             taken = [t.seq for t in turns]
             victim = next((s for s in reversed(younger) if s not in taken), None)
@@ -168,8 +171,9 @@ class Scheduler:
         seq.cache = None
         seq.view.cached = 0
 
-    def _reuse(self, seq: Sequence) -> None:
-        """Copy the longest prefix that a running or a kept cache already holds."""
+    def _reuse(self, seq: Sequence, planned: int = 0) -> None:
+        """Copy the longest prefix that a running or a kept cache already holds, if `planned` rows
+        of this step leave room for it."""
         if not self.reuse or seq.params.prompt_logprobs is not None:
             return
         best, source = self.SHARE - 1, None
@@ -184,25 +188,27 @@ class Scheduler:
             if n > best:
                 best, source = n, kept.cache
         if source is not None and seq.cache is not None and best > seq.rows:
+            if not self.shed(planned + best - seq.rows):
+                return
             seq.cache.truncate(0)
             seq.cache.copy_prefix(source, best)
             seq.stats.reused = best
             seq.view.cached = best
 
-    def _leader(self, seq: Sequence) -> Sequence | None:
-        """An older running sequence that is about to compute rows this one can copy."""
+    def _waits(self, seq: Sequence, planned: int) -> bool:
+        """Whether an older sequence is about to compute rows that `seq` can copy; if there is
+        nothing to wait for, `seq` takes the rows that are there."""
         if not self.reuse or seq.params.prompt_logprobs is not None:
-            return None
+            return False
         limit = len(seq.tokens) - 1
         for other in self.running:
             if other is seq:
                 break
             n = min(shared(seq.tokens, other.tokens), limit)
-            if n >= self.SHARE and n > seq.rows:
-                if other.rows < n:
-                    return other
-                self._reuse(seq)
-        return None
+            if n >= self.SHARE and n > seq.rows and n > other.rows:
+                return True
+        self._reuse(seq, planned)
+        return False
 
 
 def shared(a: list[int], b: list[int]) -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -44,14 +45,15 @@ def load_model(
     if backend == "native" or (backend == "auto" and known):
         arch, _ = describe(config)
         kind = choose_dtype(dtype, stored_dtype(config), arch.parameters, where)
-        return NativeModel.load(folder, kind, where, progress)
+        return cast(TargetModel, NativeModel.load(folder, kind, where, progress))
     if find_spec("transformers") is None:
         describe(config)  # says what is unknown and names the extra
         raise InputError("backend 'hf' needs transformers: pip install 'foretell[hf]'.")
     from foretell.models.hf import HFModel
 
     kind = choose_dtype(dtype, stored_dtype(config), 0, where)
-    return HFModel.load(folder, kind, where)
+    name = str(kind).removeprefix("torch.")
+    return cast(TargetModel, HFModel.load(folder, name, where, progress))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -72,7 +74,7 @@ def find_checkpoint(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except Exception as e:  # the hub and the network raise many kinds
-        first = (str(e).splitlines() or [""])[0].rstrip(".")[:160]
+        first = (str(e).splitlines() or [""])[0].split(". ")[0].rstrip(".")[:200]
         raise InputError(
             f"'{name}' is no directory here and could not be fetched from the hub "
             f"({type(e).__name__}: {first})."

@@ -132,15 +132,17 @@ def fit_distribution(
     )
     index, prompt = choose_prompt(sampler, prompts, params)
     law = joint_law(llm.model, prompt, params)
-    for attempt, many in enumerate((runs, 4 * runs)):
-        counts, drafted, accepted = sample(sampler, prompt, params, many, attempt, advance)
+
+    def attempt(stream: int, many: int) -> DistributionResult:
+        counts, drafted, accepted = sample(sampler, prompt, params, many, stream, advance)
         cells = Counter[Pair]()
         for pair, count in counts.items():
             cells[law.cell(pair)] += count
         fit = goodness_of_fit(cells, law.probs, alpha, power)
-        if fit.passed:
-            break
-    return DistributionResult(fit, index, params.top_k, drafted, accepted, attempt > 0)
+        return DistributionResult(fit, index, params.top_k, drafted, accepted, stream > 0)
+
+    result = attempt(0, runs)
+    return result if result.passed else attempt(1, 4 * runs)
 
 
 def sample(

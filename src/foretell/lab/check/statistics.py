@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
+
+Cell = TypeVar("Cell", bound=Hashable)
 
 
 def gamma_q(a: float, x: float) -> float:
@@ -109,8 +112,8 @@ class Fit:
 
 
 def goodness_of_fit(
-    observed: Mapping[Hashable, int],
-    expected: Mapping[Hashable, float],
+    observed: Mapping[Cell, int],
+    expected: Mapping[Cell, float],
     alpha: float = 1e-4,
     power: float = 0.99,
 ) -> Fit:

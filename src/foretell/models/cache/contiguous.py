@@ -9,6 +9,7 @@ window is applied by position when they are read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class ContiguousTxn:
         self.caches = caches
         self.scratch = [0] * len(caches)
         self.open = True
-        self.plan: object = None  # the runner's, for layers run one call after another
+        self.plan: Any = None  # the runner's, for layers run one call after another
         for cache in caches:
             cache.txn = self
 

@@ -99,22 +99,22 @@ def llama(c: Config, **more: Any) -> Arch:
     heads = _need(c, "num_attention_heads")
     attention_bias = bool(c.get("attention_bias", False))
     mlp_bias = bool(c.get("mlp_bias", False))
-    given: dict[str, Any] = dict(
-        vocab=_need(c, "vocab_size"),
-        hidden=_need(c, "hidden_size"),
-        heads=heads,
-        kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=_head_dim(c),
-        ffn=_need(c, "intermediate_size"),
-        max_positions=c.get("max_position_embeddings", 2048),
-        family=c["model_type"],
-        eps=c.get("rms_norm_eps", 1e-6),
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=mlp_bias,
-        act=_act(c, c.get("hidden_act", "silu")),
-        tied=bool(c.get("tie_word_embeddings", False)),
-    )
+    given: dict[str, Any] = {
+        "vocab": _need(c, "vocab_size"),
+        "hidden": _need(c, "hidden_size"),
+        "heads": heads,
+        "kv_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": _head_dim(c),
+        "ffn": _need(c, "intermediate_size"),
+        "max_positions": c.get("max_position_embeddings", 2048),
+        "family": c["model_type"],
+        "eps": c.get("rms_norm_eps", 1e-6),
+        "qkv_bias": attention_bias,
+        "o_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+        "act": _act(c, c.get("hidden_act", "silu")),
+        "tied": bool(c.get("tie_word_embeddings", False)),
+    }
     given |= more
     if "layers" not in given:
         given["layers"] = (LayerArch(),) * _need(c, "num_hidden_layers")
@@ -140,14 +140,14 @@ def qwen3(c: Config) -> Arch:
 
 def gemma(c: Config, **more: Any) -> Arch:
     act = c.get("hidden_activation") or c.get("hidden_act") or "gelu_pytorch_tanh"
-    gemma_like: dict[str, Any] = dict(
-        head_dim=c.get("head_dim") or 256,
-        act=_act(c, act),
-        norm_offset=1.0,
-        embed_scale=math.sqrt(_need(c, "hidden_size")),
-        tied=bool(c.get("tie_word_embeddings", True)),
-        max_positions=c.get("max_position_embeddings", 8192),
-    )
+    gemma_like: dict[str, Any] = {
+        "head_dim": c.get("head_dim") or 256,
+        "act": _act(c, act),
+        "norm_offset": 1.0,
+        "embed_scale": math.sqrt(_need(c, "hidden_size")),
+        "tied": bool(c.get("tie_word_embeddings", True)),
+        "max_positions": c.get("max_position_embeddings", 8192),
+    }
     return llama(c, **(gemma_like | more))
 
 
@@ -175,15 +175,15 @@ def gemma2(c: Config) -> Arch:
 def gemma3(c: Config) -> Arch:
     text = c.get("text_config")
     if text is not None:  # image and text: the text part, whose keys may all be missing
-        defaults = dict(
-            model_type="gemma3_text",
-            vocab_size=262208,
-            hidden_size=2304,
-            intermediate_size=9216,
-            num_hidden_layers=26,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-        )
+        defaults = {
+            "model_type": "gemma3_text",
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        }
         tied = {k: c[k] for k in ("tie_word_embeddings",) if k in c}
         c = defaults | tied | dict(text)
     n, head_dim = _need(c, "num_hidden_layers"), c.get("head_dim") or 256
@@ -194,8 +194,8 @@ def gemma3(c: Config) -> Arch:
     window = c.get("sliding_window", 4096)
     both = c.get("rope_parameters") or {}
     if "full_attention" in both:  # transformers 5: one set of parameters a kind of layer
-        wide = _rope(c | {"rope_parameters": both["full_attention"]}, head_dim)
-        near = _rope(c | {"rope_parameters": both["sliding_attention"]}, head_dim)
+        wide = _rope({**c, "rope_parameters": both["full_attention"]}, head_dim)
+        near = _rope({**c, "rope_parameters": both["sliding_attention"]}, head_dim)
     else:
         wide = _rope({"rope_theta": 1e6} | dict(c), head_dim)
         near = Rope(head_dim, float(c.get("rope_local_base_freq", 10000.0)))
@@ -216,9 +216,7 @@ def gemma3(c: Config) -> Arch:
 
 def phi3(c: Config) -> Arch:
     layers = (LayerArch(0, c.get("sliding_window")),) * _need(c, "num_hidden_layers")
-    return llama(
-        c, layers=layers, eps=c.get("rms_norm_eps", 1e-5), qkv_bias=False, o_bias=False
-    )
+    return llama(c, layers=layers, eps=c.get("rms_norm_eps", 1e-5), qkv_bias=False, o_bias=False)
 
 
 def olmo2(c: Config) -> Arch:
@@ -347,7 +345,7 @@ FAMILIES: Mapping[str, tuple[Callable[[Config], Arch], Names]] = MappingProxyTyp
 
 def describe(config: Config) -> tuple[Arch, Names]:
     """The architecture a config.json states. InputError when foretell has no runner for it."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise _unsupported(config, f"model_type '{kind}'")
     if config.get("quantization_config"):

@@ -12,6 +12,7 @@ rows), views of [out, in] memory elsewhere. Two permutations are built in, invis
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +51,10 @@ class Layer:
     index: int
     kind: int  # index into the model's attention kinds (windows)
     rope: int | None
-    attn_norm: Norm | None
-    attn_post: Norm | None
-    mlp_norm: Norm | None
-    mlp_post: Norm | None
+    attn_norm: Any  # Norm, or None; which of the four are there decides the runner's block
+    attn_post: Any
+    mlp_norm: Any
+    mlp_post: Any
     qk_norm: Callable[[Tensor], None] | None  # in place on qkv [T, (Hq + 2 Hkv) D]
     qkv: Tensor  # [H, (Hq + 2 Hkv) D]
     o: Tensor  # [Hq D, H]
@@ -295,9 +296,7 @@ def make_norm(a: Arch, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     return lambda x: F.rms_norm(x, size, w, eps)
 
 
-def make_qk_norm(
-    a: Arch, q: Tensor, k: Tensor, dtype: torch.dtype
-) -> Callable[[Tensor], None]:
+def make_qk_norm(a: Arch, q: Tensor, k: Tensor, dtype: torch.dtype) -> Callable[[Tensor], None]:
     """In place on qkv [T, (Hq + 2 Hkv) D]. q, k: float32 weights of the full widths."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     nq, nk, d, eps = len(q), len(k), a.head_dim, a.eps

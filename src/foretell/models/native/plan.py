@@ -4,6 +4,7 @@ which keys each sequence reads, masks, rotary factors."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class SeqPlan:
     end: int
     merged: bool  # the group of a key/value head is one matrix
     rows: Sequence[Tensor]  # per layer: where k and v are written [N, 2, Hkv, D]
-    pairs: Sequence[Tensor] | None  # the same as complex numbers [N, 2, Hkv, D / 2]
+    pairs: Any  # Sequence[Tensor] | None: the same as complex numbers [N, 2 Hkv, D / 2]
     reads: list[Reads]  # by window
 
 
@@ -47,7 +48,9 @@ class Plan:
 
     rows: int
     seqs: list[SeqPlan]
-    turns: list[tuple[Tensor, Tensor]]  # by rope: factors of q [T, 1, D/2], of (k, v) [T, 2, 1, D/2]
+    turns: list[
+        tuple[Tensor, Tensor]
+    ]  # by rope: factors of q [T, 1, D/2], of k and v [T, 2 Hkv, D/2]
 
 
 class Turns:
@@ -130,7 +133,8 @@ class Planner:
         found = []
         for t in self.turns:
             factors = t.at(positions, lengths if t.rope.varies else None)
-            found.append((factors[:, 0], factors))
+            wide = factors.expand(-1, -1, self.arch.kv_heads, -1).flatten(1, 2)
+            found.append((factors[:, 0], wide))
         return found
 
     def _sequence(self, segment: Segment, cache: ContiguousCache, at: int) -> SeqPlan:
@@ -142,7 +146,7 @@ class Planner:
         plan.rows = cache.kv[:, used : used + n].unbind(0)
         plan.pairs = None
         if cache.pairs is not None:
-            plan.pairs = cache.pairs[:, used : used + n].unbind(0)
+            plan.pairs = cache.pairs[:, used : used + n].flatten(2, 3).unbind(0)
         plan.reads = [self._reads(segment, cache, plan.merged, w) for w in self.windows]
         return plan
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +75,7 @@ class NativeModel:
                     progress((i + 1) / count, f"layer {i + 1} of {count}")
         self.planner = Planner(arch, parts.kinds, dtype, device)
         self.activation = _activation(arch.act)
+        self.scale, self.groups = arch.scale, arch.groups
         self.block = self._choose_block()
         row = 2 * arch.kv_heads * arch.head_dim * dtype.itemsize * count
         self.spec = ModelSpec(
@@ -124,9 +126,7 @@ class NativeModel:
     # -- the forward
 
     @torch.inference_mode()
-    def forward(
-        self, batch: PackedBatch, txn: ContiguousTxn, taps: Sequence[Tap] = ()
-    ) -> Output:
+    def forward(self, batch: PackedBatch, txn: ContiguousTxn, taps: Sequence[Tap] = ()) -> Output:
         """Run all layers over `batch` (class docstring; core/protocols.py).
 
         taps: "embed", a layer index l (the input of layer l; L is the output of the last), "last"
@@ -134,7 +134,7 @@ class NativeModel:
         """
         plan = self.planner.plan(batch, txn)
         x = self._input(batch)
-        hidden: dict[object, Tensor] = {}
+        hidden: dict[Tap, Tensor] = {}
         block = self.block
         if not taps:
             for layer in self.layers:
@@ -195,7 +195,7 @@ class NativeModel:
                     f"0..{len(self.layers)}."
                 )
 
-    def _index(self, rows: object) -> Tensor:
+    def _index(self, rows: np.ndarray) -> Tensor:
         return torch.as_tensor(rows, device=self.device)
 
     def _lookup(self, tokens: Tensor) -> Tensor:
@@ -287,8 +287,8 @@ class NativeModel:
         y = self._linear(x, w.gate_up, w.gate_up_bias)
         if not self.arch.gated:
             return self.activation(y)
-        f = self.arch.ffn
-        return self.activation(y[:, :f]).mul_(y[:, f:])
+        gate, up = y.chunk(2, 1)
+        return self.activation(gate).mul_(up)
 
     # -- attention
 
@@ -308,45 +308,45 @@ class NativeModel:
         return out
 
     def _turn_and_write(self, w: Layer, qkv: Tensor, plan: Plan) -> Tensor:
-        """Rotate q and k of qkv [T, (Hq + 2 Hkv) D], write k and v, return q [T, Hq, D]."""
+        """Rotate q and k of qkv [T, (Hq + 2 Hkv) D], write k and v; q of T Hq D numbers."""
         a = self.arch
         t, h, kv, d = plan.rows, a.heads, a.kv_heads, a.head_dim
         if w.rope is None:
             for s in plan.seqs:
                 s.rows[w.index].copy_(qkv[s.begin : s.end, h * d :].view(-1, 2, kv, d))
-            return qkv.view(t, -1, d)[:, :h]
+            return qkv[:, : h * d]
         of_q, of_kv = plan.turns[w.rope]
         if plan.seqs[0].pairs is not None:  # float32 and float64: straight into the cache
             pairs = torch.view_as_complex(qkv.view(t, -1, d // 2, 2))
-            kvs = pairs[:, h:].unflatten(1, (2, kv))
+            qs, kvs = pairs.split((h, 2 * kv), 1)
             if len(plan.seqs) == 1:
                 torch.mul(kvs, of_kv, out=plan.seqs[0].pairs[w.index])
             else:
                 for s in plan.seqs:
                     part = slice(s.begin, s.end)
                     torch.mul(kvs[part], of_kv[part], out=s.pairs[w.index])
-            return torch.view_as_real(pairs[:, :h] * of_q).view(t, h, d)
+            return torch.view_as_real(qs * of_q)
         wide = qkv.float()
         pairs = torch.view_as_complex(wide.view(t, -1, d // 2, 2))
         pairs[:, : h + kv] *= of_q
         for s in plan.seqs:
             s.rows[w.index].copy_(wide[s.begin : s.end, h * d :].view(-1, 2, kv, d))
-        return wide[:, : h * d].to(qkv.dtype).view(t, h, d)
+        return wide[:, : h * d].to(qkv.dtype)
 
     def _attend(self, w: Layer, q: Tensor, seq: SeqPlan) -> Tensor:
-        """One sequence: q [N, Hq, D] against its keys -> [N, Hq D]."""
+        """One sequence: q (N Hq D numbers) against its keys -> [N, Hq D]."""
         a, reads = self.arch, seq.reads[w.kind]
-        n, g, kv, d = q.shape[0], a.groups, a.kv_heads, a.head_dim
+        n, g, kv, d = seq.end - seq.begin, self.groups, a.kv_heads, a.head_dim
         k, v = reads.keys[w.index], reads.values[w.index]
         if seq.merged:
-            q = q.reshape(n * g, kv, d).transpose(0, 1).unsqueeze(0)  # [1, Hkv, N G, D]
+            q = q.reshape(1, n * g, kv, d).transpose(1, 2)  # [1, Hkv, N G, D]
         else:
-            q = q.unflatten(1, (g, kv)).permute(1, 2, 0, 3)  # [G, Hkv, N, D]
+            q = q.reshape(n, g, kv, d).permute(1, 2, 0, 3)  # [G, Hkv, N, D]
             if g > 1:
                 k, v = k.expand(g, -1, -1, -1), v.expand(g, -1, -1, -1)
         if a.attn_cap is None:
             out = F.scaled_dot_product_attention(
-                q, k, v, reads.mask, is_causal=reads.causal, scale=a.scale
+                q, k, v, reads.mask, is_causal=reads.causal, scale=self.scale
             )
         else:
             out = self._capped(q, k, v, reads.mask, reads.causal)
@@ -354,9 +354,7 @@ class NativeModel:
             return out.transpose(1, 2).reshape(n, -1)
         return out.permute(2, 0, 1, 3).reshape(n, -1)
 
-    def _capped(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-    ) -> Tensor:
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """Attention whose scores pass through cap * tanh(score / cap) before the mask."""
         a = self.arch
         assert a.attn_cap is not None
@@ -370,5 +368,5 @@ class NativeModel:
         return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
 
 
-def _only_last(rows: object, total: int) -> bool:
-    return len(rows) == 1 and int(rows[0]) == total - 1  # type: ignore[arg-type, index]
+def _only_last(rows: np.ndarray, total: int) -> bool:
+    return len(rows) == 1 and int(rows[0]) == total - 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from foretell.core.errors import InputError
+from foretell.models.native.arch import Arch
 
 _DTYPES = {
     "F64": torch.float64,
@@ -150,7 +151,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, SafetensorsFile | TorchFile] = {}
-        for stem, kind in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile)):
+        for stem, kind in (
+            ("model.safetensors", SafetensorsFile),
+            ("pytorch_model.bin", TorchFile),
+        ):
             shards = self._shards(folder, stem)
             if shards:
                 for shard in shards:
@@ -236,3 +240,55 @@ class RandomSource:
 
     def release(self) -> None:
         """Nothing is mapped."""
+
+
+def write_random_checkpoint(
+    folder: Path, arch: Arch, dtype: torch.dtype = torch.float32, seed: int = 0, gain: float = 1.0
+) -> None:
+    """A Llama checkpoint directory (tests, benchmarks) with the weights of
+    `NativeModel.random(arch, dtype, seed)`; transformers loads it, too."""
+    from safetensors.torch import save_file
+
+    source = RandomSource(seed, gain, dtype)
+    h, d = arch.hidden, arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (arch.vocab, h),
+        "model.norm.weight": (h,),
+    }
+    if not arch.tied:
+        shapes["lm_head.weight"] = (arch.vocab, h)
+    for i in range(len(arch.layers)):
+        at = f"model.layers.{i}."
+        for name, rows, columns in (
+            ("self_attn.q_proj", arch.heads * d, h),
+            ("self_attn.k_proj", arch.kv_heads * d, h),
+            ("self_attn.v_proj", arch.kv_heads * d, h),
+            ("self_attn.o_proj", h, arch.heads * d),
+            ("mlp.gate_proj", arch.ffn, h),
+            ("mlp.up_proj", arch.ffn, h),
+            ("mlp.down_proj", h, arch.ffn),
+        ):
+            shapes[f"{at}{name}.weight"] = (rows, columns)
+        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (
+            h,
+        )
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": arch.vocab,
+        "hidden_size": h,
+        "intermediate_size": arch.ffn,
+        "num_hidden_layers": len(arch.layers),
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.kv_heads,
+        "head_dim": d,
+        "max_position_embeddings": arch.max_positions,
+        "rms_norm_eps": arch.eps,
+        "rope_theta": arch.ropes[0].theta,
+        "tie_word_embeddings": arch.tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    weights = {name: source.get(name, shape) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
