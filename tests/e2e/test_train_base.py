@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-c", "from foretell.cli.train import app; app()", "base"]
+COMMAND = [sys.executable, "-m", "foretell", "train", "base"]
 # One thread: threads of a model this small only wait for one another.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZES = [
@@ -145,19 +145,22 @@ def test_tokenizer_round_trips_and_renders_chat(finished: Path) -> None:
         (["--target-shape", "hidden=30,layers=2,heads=4,kv_heads=2,ffn=48"], "multiple of"),
         (["--target-shape", "width=30"], "unknown size 'width'"),
         (["--weight", "poems=0.5"], "--weight names 'poems'"),
+        (["--batch", "row=0"], "--batch"),
+        (["--batch", "row=64,long_row=100000"], "--batch"),
+        (["--vocab", "100"], "--vocab"),
+        (["--corpus", __file__], ".txt"),
+        (["--weight", "python=nan"], "--weight"),
         (["--size", "huge"], "--size is cpu or gpu"),
         (["--minutes", "1", "--tokens", "1000"], "either --minutes or --tokens"),
         (["--out", "/proc/nowhere"], "cannot write to"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    arguments: list[str], sentence: str, tmp_path: Path
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from typer.testing import CliRunner
+    from foretell.cli.main import main
 
-    from foretell.cli.train import app
-
-    result = CliRunner().invoke(app, ["base", "--out", str(tmp_path), *arguments])
-    assert result.exit_code == 2
-    assert sentence in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert main(["train", "base", "--out", str(tmp_path), *arguments]) == 2
+    *progress, message = capsys.readouterr().err.splitlines()
+    assert sentence in message
+    assert progress in ([], ["reading the corpora"])

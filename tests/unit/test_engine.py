@@ -180,3 +180,15 @@ def test_the_seed_that_was_drawn_is_reported() -> None:
     assert again.token_ids == first.token_ids
     other = llm.generate([PROMPT], temperature=1.0, max_tokens=20)[0]
     assert other.samples[0].seed != first.samples[0].seed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_drafter_sees_the_processors_along_its_own_path(temperature: float) -> None:
+    """With the target's penalties applied to each path, a perfect drafter stays perfect."""
+    target, context = pair()
+    context.load_model = lambda path: TableModel(like=target, agreement=1.0, seed=5)
+    llm = LLM(target, draft="draft-model:tokens=4", context=context)
+    params = SamplingParams(
+        max_tokens=50, frequency_penalty=1.5, temperature=temperature, top_k=7, seed=1
+    )
+    assert llm.generate([PROMPT], params)[0].stats.acceptance_length == 5.0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import helpers_reference as reference
-from foretell import SamplingParams
+from foretell import InputError, SamplingParams
 from foretell.control.processors import ProcessedRows, Processors, filter_logits
 from foretell.core.feedback import Rows
 from foretell.core.protocols import NodeMasks
@@ -229,3 +229,19 @@ def test_minus_infinity_bias_forbids() -> None:
     p = SamplingParams(temperature=1.0, logit_bias={2: -math.inf})
     probs = Processors(p, [1], 1).probs(logits(1, 0), [[]], None)
     assert probs[0, 2] == 0
+
+
+def test_forbidding_everything_is_said_in_a_sentence() -> None:
+    params = SamplingParams(allowed_token_ids=[4], logit_bias={4: -math.inf}, temperature=1.0)
+    processors = Processors(params, [*PROMPT], len(PROMPT))
+    with pytest.raises(InputError, match="forbid every token"):
+        processors.probs(logits(2, 0), [[], []], None)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
+def test_a_tiny_temperature_is_greedy_and_finite(temperature: float) -> None:
+    processors = Processors(SamplingParams(temperature=temperature), [*PROMPT], len(PROMPT))
+    raw = logits(3, 1)
+    p = processors.probs(raw, [[], [], []], None)
+    assert p.argmax(-1).tolist() == raw.argmax(-1).tolist()
+    assert p.max(-1).values.tolist() == [1.0, 1.0, 1.0]

@@ -217,3 +217,18 @@ def test_shared_counts_the_common_beginning(a: list[int], b: list[int]) -> None:
     while want < min(len(a), len(b)) and a[want] == b[want]:
         want += 1
     assert shared(a, b) == want
+
+
+def test_the_youngest_gives_way_first() -> None:
+    llm = LLM(TableModel(), kv_rows=15)
+    scheduler, victims = llm.engine.scheduler, []
+    preempt = scheduler.preempt
+
+    def note(seq: Any) -> None:
+        victims.append(seq.request)
+        preempt(seq)
+
+    scheduler.preempt = note
+    llm.generate([[1, 2], [3, 4], [5, 6]], max_tokens=10)
+    assert victims[0] == 2
+    assert 0 not in victims

@@ -73,33 +73,48 @@ def generate(
         outputs: Outputs = [[_stream(llm, items[0], params, show_origin)]]
     else:
         total = sum(i.rounds for i in items) * params.n
+
+        def print_item(number: int, turns: list[RequestOutput]) -> None:
+            if json:
+                print(dumps(_object(items[number], turns)), flush=True)
+            else:
+                _print_texts(llm, number + 1, items[number], turns, show_origin)
+
         with progress("decoding", total, quiet) as advance:
-            outputs = decode(llm, items, params, advance)
-        if not json:
-            _print_texts(llm, items, outputs, show_origin)
-    lines = [dumps(_object(i, o)) for i, o in zip(items, outputs, strict=True)]
+            outputs = decode(llm, items, params, advance, print_item)
     if out is not None:
+        lines = [dumps(_object(i, o)) for i, o in zip(items, outputs, strict=True)]
         write_atomically(out, "\n".join(lines) + "\n")
-    if json:
-        print("\n".join(lines), flush=True)
     note(show.summary([o for turns in outputs for o in turns], perf_counter() - begin), quiet)
 
 
 def decode(
-    llm: LLM, items: list[Item], params: SamplingParams, advance: Callable[[int], None]
+    llm: LLM,
+    items: list[Item],
+    params: SamplingParams,
+    advance: Callable[[int], None],
+    done: Callable[[int, list[RequestOutput]], None],
 ) -> Outputs:
-    """Decode every item, turn by turn; one turn of all items goes to the engine together."""
+    """Decode every item, turn by turn; one turn of all items goes to the engine together.
+
+    done(number, turns) is called in the order of the items, as soon as an item and all before it
+    are complete, so that nothing finished is lost when a later one fails.
+    """
 
     def on_event(event: TokenEvent) -> None:
         if event.finish_reason is not None:
             advance(1)
 
     outputs: Outputs = [[] for _ in items]
+    told = 0
     for turn in range(max(i.rounds for i in items)):
         going = [k for k, item in enumerate(items) if turn < item.rounds]
         ids = [prompt_ids(llm, items[k], [o.text for o in outputs[k]]) for k in going]
-        for k, output in zip(going, llm.generate(ids, params, on_event=on_event), strict=True):
-            outputs[k].append(output)
+        for at, output in llm.as_completed(ids, params, on_event=on_event):
+            outputs[going[at]].append(output)
+            while told < len(items) and len(outputs[told]) == items[told].rounds:
+                done(told, outputs[told])
+                told += 1
     return outputs
 
 
@@ -149,20 +164,21 @@ def _stream(llm: LLM, item: Item, params: SamplingParams, colour: bool) -> Reque
     return output
 
 
-def _print_texts(llm: LLM, items: list[Item], outputs: Outputs, colour: bool) -> None:
-    """Several texts, each under a heading (on stderr, so that stdout holds texts only)."""
-    for number, (item, turns) in enumerate(zip(items, outputs, strict=True), 1):
-        for turn, output in enumerate(turns, 1):
-            for k, sample in enumerate(output.samples, 1):
-                parts = [f"prompt {item.id if item.id is not None else number}"]
-                parts += [f"turn {turn}"] * (len(turns) > 1)
-                parts += [f"sample {k}"] * (len(output.samples) > 1)
-                note(f"-- {', '.join(parts)} --")
-                text = sample.text
-                if colour:
-                    told = show.pieces(llm, output.prompt_ids, sample)
-                    text = "".join(show.paint(t, drafted) for t, drafted in told)
-                print(text, flush=True)
+def _print_texts(
+    llm: LLM, number: int, item: Item, turns: list[RequestOutput], colour: bool
+) -> None:
+    """An item's texts, each under a heading (on stderr, so that stdout holds texts only)."""
+    for turn, output in enumerate(turns, 1):
+        for k, sample in enumerate(output.samples, 1):
+            parts = [f"prompt {item.id if item.id is not None else number}"]
+            parts += [f"turn {turn}"] * (len(turns) > 1)
+            parts += [f"sample {k}"] * (len(output.samples) > 1)
+            note(f"-- {', '.join(parts)} --")
+            text = sample.text
+            if colour:
+                told = show.pieces(llm, output.prompt_ids, sample)
+                text = "".join(show.paint(t, drafted) for t, drafted in told)
+            print(text, flush=True)
 
 
 def _object(item: Item, turns: list[RequestOutput]) -> dict[str, Any]:

@@ -76,68 +76,60 @@ def base(
     """Train a small model and its drafter from text; Ctrl-C stops, the same command resumes."""
     from foretell.core.errors import InputError
 
+    if size not in (None, "cpu", "gpu"):
+        raise InputError(f"--size is cpu or gpu, not '{size}'.")
     run_dir = run_dir or out / ".run"
+    files = named_files(corpus or [])
+    shares = {k: to_number(v, float, "--weight") for k, v in pairs(weight or [], "--weight")}
+    licences = {"python": "PSF-2.0", **dict(pairs(licence or [], "--licence"))}
+    target_sizes = sizes(target_shape, "--target-shape")
+    draft_sizes = sizes(draft_shape, "--draft-shape")
+    batch_sizes = sizes(batch, "--batch")
+
+    from foretell.lab.train.base import train_base
+    from foretell.lab.train.loop import Interrupted
+    from foretell.lab.train.settings import BaseSettings, start_over
+
+    settings = BaseSettings(
+        out=out,
+        run_dir=run_dir,
+        corpora=files,
+        weights=shares,
+        licences=licences,
+        size=size,
+        minutes=60.0 if minutes is None and tokens is None else minutes,
+        tokens=tokens,
+        draft_share=draft_share,
+        vocab=vocab,
+        target_shape=target_sizes,
+        draft_shape=draft_sizes,
+        batch=batch_sizes,
+        checkpoint_minutes=checkpoint_minutes,
+        stdlib=stdlib,
+        compile=compile,
+        seed=seed,
+        command=portable_command(sys.argv[1:]),
+    )
+    if not resume:
+        start_over(run_dir)
     try:
-        if size not in (None, "cpu", "gpu"):
-            raise InputError(f"--size is cpu or gpu, not '{size}'.")
-        files = named_files(corpus or [])
-        shares = {k: to_number(v, float, "--weight") for k, v in pairs(weight, "--weight")}
-        shapes = [
-            {k: to_number(v, int, flag) for k, v in pairs(text.split(",") if text else [], flag)}
-            for text, flag in (
-                (target_shape, "--target-shape"),
-                (draft_shape, "--draft-shape"),
-                (batch, "--batch"),
-            )
-        ]
-        licences = {"python": "PSF-2.0", **dict(pairs(licence, "--licence"))}
-
-        from foretell.lab.train.base import train_base
-        from foretell.lab.train.loop import Interrupted
-        from foretell.lab.train.settings import BaseSettings, start_over
-
-        settings = BaseSettings(
-            out=out,
-            run_dir=run_dir,
-            corpora=files,
-            weights=shares,
-            licences=licences,
-            size=size,
-            minutes=60.0 if minutes is None and tokens is None else minutes,
-            tokens=tokens,
-            draft_share=draft_share,
-            vocab=vocab,
-            target_shape=shapes[0],
-            draft_shape=shapes[1],
-            batch=shapes[2],
-            checkpoint_minutes=checkpoint_minutes,
-            stdlib=stdlib,
-            compile=compile,
-            seed=seed,
-            command=portable_command(sys.argv[1:]),
+        train_base(settings)
+    except (Interrupted, KeyboardInterrupt):
+        print(
+            f"Stopped; the run is kept in {run_dir}: the same command continues it.",
+            file=sys.stderr,
         )
-        if not resume:
-            start_over(run_dir)
-        try:
-            train_base(settings)
-        except (Interrupted, KeyboardInterrupt):
-            typer.echo(
-                f"Stopped; the run is kept in {run_dir}: the same command continues it.", err=True
-            )
-            raise typer.Exit(130) from None
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(130) from None
 
 
-def pairs(entries: list[str] | None, flag: str) -> list[tuple[str, str]]:
+def pairs(entries: list[str], flag: str) -> list[tuple[str, str]]:
     """Split `name=value` entries."""
     from foretell.core.errors import InputError
 
-    for entry in entries or []:
+    for entry in entries:
         if "=" not in entry:
             raise InputError(f"{flag} wants NAME=VALUE, not '{entry}'.")
-    return [(name, value) for name, _, value in (e.partition("=") for e in entries or [])]
+    return [(name, value) for name, _, value in (e.partition("=") for e in entries)]
 
 
 def to_number(text: str, kind: type, flag: str) -> float:
@@ -147,6 +139,12 @@ def to_number(text: str, kind: type, flag: str) -> float:
         return kind(text)
     except ValueError:
         raise InputError(f"{flag}: '{text}' is not a number.") from None
+
+
+def sizes(text: str, flag: str) -> dict[str, int]:
+    """`hidden=256,layers=10` as numbers."""
+    entries = text.split(",") if text else []
+    return {name: int(to_number(value, int, flag)) for name, value in pairs(entries, flag)}
 
 
 def named_files(entries: list[str]) -> dict[str, Path]:

@@ -58,7 +58,6 @@ class Finish:
             at, word = first_stop(pending, self.params.stop)
             if word:
                 self.reason = "stop"
-                self.held = ""
                 end = at + len(word) if self.params.include_stop else at
                 return Piece(token, self._say(pending[:end]))
         if self.count >= self.room:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foretell.core.errors import InputError
 from foretell.core.feedback import Rows
 from foretell.core.params import SamplingParams
 from foretell.core.protocols import NodeMasks
@@ -78,14 +79,27 @@ class Processors:
                 logits[row, banned] = NEG
         return logits
 
-    def probs(self, logits: Tensor, paths: Sequence[Sequence[int]], mask: Tensor | None) -> Tensor:
-        """[k, V] raw logits -> [k, V] float32 distributions; greedy parameters leave temperature
-        at 1. mask [k, V] bool: what a constraint allows."""
+    def legal(self, logits: Tensor, paths: Sequence[Sequence[int]], mask: Tensor | None) -> Tensor:
+        """`adjust`, then what a constraint allows; InputError where nothing is left to say."""
         logits = self.adjust(logits, paths)
         if mask is not None:
             logits = logits.masked_fill(~mask, NEG)
-        if self.params.temperature not in (0, 1):
-            logits = logits / self.params.temperature
+        if (self.adjusts or mask is not None) and bool((logits == NEG).all(-1).any()):
+            raise InputError(
+                "Nothing is left to say: allowed_token_ids, logit_bias, bad_words, min_tokens and "
+                "the constraint together forbid every token."
+            )
+        return logits
+
+    def probs(self, logits: Tensor, paths: Sequence[Sequence[int]], mask: Tensor | None) -> Tensor:
+        """[k, V] raw logits -> [k, V] float32 distributions; greedy parameters leave temperature
+        at 1. mask [k, V] bool: what a constraint allows."""
+        logits = self.legal(logits, paths, mask)
+        temperature = self.params.temperature
+        if temperature not in (0, 1):
+            if temperature < 0.01:  # the quotients of raw logits could overflow
+                logits = logits - logits.amax(-1, keepdim=True)
+            logits = logits / max(temperature, 1e-30)
         if self.filters:
             logits = filter_logits(logits, self.params)
         return logits.softmax(-1, dtype=torch.float32)
@@ -159,10 +173,8 @@ class ProcessedRows:
         self.rows, self.tree, self.processors, self.masks = rows, tree, processors, masks
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
-        logits = self.processors.adjust(self.rows[nodes], self._paths(nodes))
-        mask = self._mask(nodes, logits)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, NEG)
+        logits = self.rows[nodes]
+        logits = self.processors.legal(logits, self._paths(nodes), self._mask(nodes, logits))
         return logits.argmax(-1).tolist()
 
     def probs(self, nodes: Sequence[int]) -> Tensor:

@@ -91,4 +91,7 @@ def segment_of(tree: TokenTree, start: int, logits: Sequence[int] | None) -> Seg
         row[live] = np.arange(len(live))
         wanted = row[np.asarray(logits, np.int64)]
         wanted = wanted[wanted >= 0]
-    return Segment(tree.tokens[live], start + tree.depth[live], ancestors, wanted, tree.embeds)
+    embeds = None
+    if tree.embeds is not None:
+        embeds = {i: tree.embeds[n] for i, n in enumerate(live.tolist()) if n in tree.embeds}
+    return Segment(tree.tokens[live], start + tree.depth[live], ancestors, wanted, embeds)

@@ -96,6 +96,10 @@ class Txn(Protocol):
     def __enter__(self) -> Txn: ...
     def __exit__(self, *exc: object) -> None: ...
 
+    def advance(self, batch: PackedBatch) -> None:
+        """Count the rows of `batch`, which a forward has just written behind the scratch rows."""
+        ...
+
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, for each cache, the scratch rows `paths[b]` (strictly increasing); drop the rest.
         Closes the transaction."""

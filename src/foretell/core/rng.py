@@ -116,7 +116,7 @@ class SeqRng:
         return torch.stack([recent[w] for w in wanted])
 
 
-_KEEP = 64  # rows of recent noise a sequence holds on to
+_KEEP = 16  # rows of recent noise a sequence holds on to
 
 
 def _race(keys: Sequence[int], vocab: int, device: str) -> Tensor:

@@ -206,13 +206,35 @@ class LLM:
 
         A prompt is a string or a list of token ids. Keyword overrides are SamplingParams fields.
         """
-        many = self._many(prompts)
+        outputs = dict(
+            self.as_completed(
+                prompts, params, on_event=on_event, constraint=constraint, **overrides
+            )
+        )
+        return [outputs[i] for i in range(len(outputs))]
+
+    def as_completed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        on_event: Callable[[TokenEvent], None] | None = None,
+        constraint: Callable[[], Constraint] | None = None,
+        **overrides: Any,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Like `generate`, but yields (index of the prompt, output) as each one is done."""
         params = _params(params, overrides)
-        requests = [self._request(p, params, constraint) for p in many]
+        requests = [self._request(p, params, constraint) for p in self._many(prompts)]
+        index = {r.id: i for i, r in enumerate(requests)}
+        left = [len(r.sequences) for r in requests]
         for event in self._run(requests):
             if on_event is not None:
                 on_event(event)
-        return [self._output(r) for r in requests]
+            if event.finish_reason is not None:
+                i = index[event.request]
+                left[i] -= 1
+                if not left[i]:
+                    yield i, self._output(requests[i])
 
     def stream(
         self,

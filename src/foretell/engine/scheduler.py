@@ -95,19 +95,25 @@ class Scheduler:
         turns: list[Turn] = []
         planned = 0  # rows this step will add
         budget = self.step_rows
+        free = self.free
         decoding = [s for s in self.running if s.pending == 1]
         filling = [s for s in self.running if s.pending > 1]
         for seq in [*decoding, *filling]:
-            if seq not in self.running:  # preempted a moment ago
+            if seq.cache is None:  # preempted a moment ago
                 continue
             prompt = seq.pending > 1
-            if prompt and (budget <= 0 or self._waits(seq, planned)):
-                continue
+            if prompt:
+                if budget <= 0 or self._waits(seq, planned):
+                    continue
+                free = self.free  # it may have copied rows
             feed = min(seq.pending, budget) if prompt else 1
-            if not self._make_room(seq, planned + feed, turns):
-                continue
+            if planned + feed > free:
+                fits = self._make_room(seq, planned + feed, turns)
+                free = self.free
+                if not fits:
+                    continue
             turns.append(Turn(seq, feed, feed == seq.pending))
-            planned = sum(t.feed for t in turns)
+            planned += feed
             budget -= feed if prompt else 0
         return turns
 
@@ -178,6 +184,8 @@ class Scheduler:
             return
         best, source = self.SHARE - 1, None
         limit = len(seq.tokens) - 1  # the last id must be fed: its row predicts the next
+        if limit < self.SHARE:
+            return
         for other in self.running:
             if other is not seq and other.cache is not None:
                 n = min(shared(seq.tokens, other.tokens), other.rows, limit)
@@ -201,6 +209,8 @@ class Scheduler:
         if not self.reuse or seq.params.prompt_logprobs is not None:
             return False
         limit = len(seq.tokens) - 1
+        if limit < self.SHARE:
+            return False
         for other in self.running:
             if other is seq:
                 break

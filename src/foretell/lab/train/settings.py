@@ -10,6 +10,7 @@ from foretell.core.errors import InputError
 from foretell.lab.train.loop import Plan, save_text_atomically
 from foretell.lab.train.network import LlamaShape
 
+MAX_POSITIONS = 2048
 PRESETS: dict[str, dict[str, dict[str, int]]] = {
     "cpu": {
         "target": {"hidden": 256, "layers": 10, "heads": 8, "kv_heads": 4, "ffn": 640},
@@ -35,7 +36,7 @@ class BaseSettings:
     licences: dict[str, str] = field(default_factory=dict)
     size: str | None = None
     minutes: float | None = None
-    tokens: int | None = None  # target's budget in tokens, instead of minutes
+    tokens: int | None = None  # for both networks, instead of minutes
     draft_share: float = 0.28  # of the budget
     vocab: int = 4096
     target_shape: dict[str, int] = field(default_factory=dict)
@@ -78,7 +79,7 @@ def shape_of(vocab: int, sizes: dict[str, int]) -> LlamaShape:
             f"hidden={sizes['hidden']} must be a multiple of 2 * heads={sizes['heads']}, "
             f"and heads a multiple of kv_heads={sizes['kv_heads']}."
         )
-    return LlamaShape(vocab=vocab, **sizes)
+    return LlamaShape(vocab=vocab, max_positions=MAX_POSITIONS, **sizes)
 
 
 def mixture_weights(names: list[str], chosen: dict[str, float]) -> dict[str, float]:
@@ -86,8 +87,8 @@ def mixture_weights(names: list[str], chosen: dict[str, float]) -> dict[str, flo
     unknown = chosen.keys() - set(names)
     if unknown:
         raise InputError(f"--weight names '{min(unknown)}', which is none of: {', '.join(names)}.")
-    if min(chosen.values(), default=1.0) <= 0:
-        raise InputError("every --weight must be above 0.")
+    if not all(0 < weight <= 1 for weight in chosen.values()):
+        raise InputError("every --weight is a share above 0 and at most 1.")
     rest = [name for name in names if name not in chosen]
     left = max(1.0 - sum(chosen.values()), 0.0)
     if rest and left == 0.0:
@@ -103,6 +104,14 @@ def prepare_folders(
         raise InputError("give either --minutes or --tokens.")
     if not settings.stdlib and not settings.corpora:
         raise InputError("there is nothing to train on: give a --corpus or leave the stdlib in.")
+    unknown = batch.keys() - PRESETS["cpu"]["batch"].keys()
+    if unknown:
+        raise InputError(f"--batch knows batch_tokens, row and long_row, not '{min(unknown)}'.")
+    if not 1 <= batch["row"] <= batch["long_row"] <= min(batch["batch_tokens"], MAX_POSITIONS):
+        raise InputError(
+            f"--batch: row, long_row and batch_tokens must ascend from 1, "
+            f"and long_row is at most {MAX_POSITIONS}."
+        )
     if not 260 <= settings.vocab <= 65536:
         raise InputError("--vocab must lie between 260 and 65536.")
     for path in settings.corpora.values():
