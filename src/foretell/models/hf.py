@@ -56,6 +56,7 @@ class HFModel:
         self._norm: nn.Module | None = None
         self._stateful = bool(getattr(model, "_is_stateful", False))
         self._picks_logits = False
+        self._counts_new = _counts_new(model)
         self.spec = ModelSpec(
             vocab=int(text.vocab_size),
             hidden=int(text.hidden_size),
@@ -246,13 +247,15 @@ class HFModel:
     def _advance(self, store: StateStore, ids: list[int], states: bool) -> Any:
         start = len(store.ids)
         everything = torch.tensor([store.ids + ids], device=self.device)
-        carry = {
-            "use_cache": True,
-            **store.carry,
-            "attention_mask": torch.ones_like(everything),
-            "cache_position": torch.arange(start, start + len(ids), device=self.device),
-        }
-        given = self.module.prepare_inputs_for_generation(everything, **carry)
+        carry = {"use_cache": True, **store.carry, "attention_mask": torch.ones_like(everything)}
+        # Which of the ids are new: transformers 4 is told by position, 5 by number (and would hand
+        # positions on to models that no longer take them).
+        if self._counts_new:
+            new = {"next_sequence_length": len(ids), "is_first_iteration": start == 0}
+        else:
+            new = {"cache_position": torch.arange(start, start + len(ids), device=self.device)}
+            carry |= new
+        given = self.module.prepare_inputs_for_generation(everything, **(carry | new))
         for name in ("logits_to_keep", "num_logits_to_keep"):
             if name in given:
                 given[name] = 0  # all rows
@@ -266,3 +269,11 @@ def _is_chain(segment: Segment, earlier: int) -> bool:
     """Whether row i sees all `earlier` rows of the transaction and rows 0..i of the segment."""
     a = segment.ancestors
     return a is None or bool((a == np.tri(len(segment), earlier + len(segment), earlier)).all())
+
+
+def _counts_new(model: Any) -> bool:
+    """Whether `prepare_inputs_for_generation` wants the number of new ids. A family's own version
+    may hide that behind `**kwargs`, so any version that the class inherits counts."""
+    name = "prepare_inputs_for_generation"
+    prepared = (vars(c)[name] for c in type(model).__mro__ if name in vars(c))
+    return any("next_sequence_length" in inspect.signature(p).parameters for p in prepared)

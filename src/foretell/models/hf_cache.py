@@ -37,7 +37,7 @@ class RowStore:
         if n == 0:
             self.kv = self._make()
         elif n < self.rows:
-            self.kv.crop(n)
+            self.kv.crop(n - self.rows)  # the rows to drop: transformers 5 takes no length
 
     @torch.inference_mode()
     def pick(self, start: int, path: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from foretell.lab.train.corpora import Corpus
-from foretell.lab.train.tokenizer import END_OF_TEXT
+from foretell.lab.train.tokenizer import END_OF_TEXT, special_id
 
 FUNCTION_START_SHARE = 0.3  # of the definitions inside a file, drawn anew every epoch
 
@@ -87,7 +87,7 @@ def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, weight: float, seed: int
     starts = np.concatenate(
         [[1] + [2 if corpus.is_code else 0] * (len(document) - 1) for document in corpus.train]
     )
-    eot = tokenizer.token_to_id(END_OF_TEXT)
+    eot = special_id(tokenizer, END_OF_TEXT)
     encoded = [e.ids for e in tokenizer.encode_batch_fast(segments)]
     ids = np.concatenate([np.asarray(e, dtype=np.uint16) for e in encoded])
     ends = np.cumsum([len(e) for e in encoded])

@@ -23,6 +23,7 @@ from foretell.lab.train.tokenizer import (
     SPECIAL_TOKENS,
     TURN_END,
     TURN_START,
+    special_id,
 )
 
 
@@ -55,8 +56,8 @@ def export_pair(
 
 
 def write_checkpoint(network: Llama, tokenizer: Tokenizer, readme: str, folder: Path) -> None:
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    eos = [end_of_text, tokenizer.token_to_id(TURN_END)]
+    end_of_text = special_id(tokenizer, END_OF_TEXT)
+    eos = [end_of_text, special_id(tokenizer, TURN_END)]
     config = network.shape.hf_config(eos, bos=end_of_text, pad=end_of_text)
     names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
     tokenizer_config = {

@@ -22,7 +22,7 @@ def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
     special = set(SPECIAL_TOKENS)
     # In the byte-level alphabet one character is one byte.
     pieces = (tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size()))
-    return np.array([0 if piece in special else len(piece) for piece in pieces])
+    return np.array([0 if piece is None or piece in special else len(piece) for piece in pieces])
 
 
 def held_out_rows(domain: Domain, row: int, limit: int) -> Tensor:

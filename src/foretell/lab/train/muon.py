@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             momentum = group["momentum"]
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -54,11 +55,12 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in by_shape.items():
                 updates = []
                 for weight in weights:
-                    state = self.state[weight]
+                    gradient, state = weight.grad, self.state[weight]
+                    assert gradient is not None, "weights without one were left out above"
                     if not state:
                         state["momentum"] = torch.zeros_like(weight)
-                    buffer = state["momentum"].lerp_(weight.grad, 1 - momentum)
-                    updates.append(weight.grad.lerp(buffer, momentum))
+                    buffer = state["momentum"].lerp_(gradient, 1 - momentum)
+                    updates.append(gradient.lerp(buffer, momentum))
                 # An orthogonal matrix has entries of RMS 1/sqrt(larger side); AdamW's are ~0.2.
                 scale = 0.2 * max(shape) ** 0.5
                 orthogonal = orthogonalise(torch.stack(updates))

@@ -28,6 +28,13 @@ PRE_TOKENIZER = (
 SAMPLE_CHARS = 5_000_000  # of every corpus, to learn the pieces from
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of one of SPECIAL_TOKENS."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, f"the tokenizer was built without {token}"
+    return found
+
+
 def render_chat(question: str, answer: str) -> str:
     """One exchange, character for character what the chat template makes of it."""
     return f"{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n{answer}{TURN_END}\n"
