@@ -71,8 +71,8 @@ def theirs(arch: Arch, dtype: torch.dtype, device: str, context: int) -> Callabl
     with torch.no_grad():
         for p in model.parameters():
             p.uniform_(-0.03, 0.03)
-    rotary = model.model.rotary_emb
-    rotary.inv_freq = rotary.rope_init_fn(config, torch.device(device))[0]
+    # Its frequencies are no parameters: what `to_empty` left there is made anew.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     cache = transformers.DynamicCache()
     with torch.inference_mode():
         model(torch.arange(context, device=device)[None] % arch.vocab, past_key_values=cache)
@@ -83,7 +83,7 @@ def theirs(arch: Arch, dtype: torch.dtype, device: str, context: int) -> Callabl
         sync(device)
         start = time.perf_counter()
         model(ids, past_key_values=cache, use_cache=True)
-        cache.crop(context)
+        cache.crop(-rows)
         sync(device)
         return time.perf_counter() - start
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -81,6 +83,24 @@ def load(folders: dict[str, Path]) -> Callable[[str], Tokenizer]:
     return get
 
 
+def _file_rules() -> bool:
+    """Whether tokenizer.json has the last word for transformers (5), not tokenizer_config.json (4).
+
+    The classes of 4 take the flags of tokenizer_config.json as arguments of their own.
+    """
+    from transformers import LlamaTokenizerFast
+
+    return "add_bos_token" not in inspect.signature(LlamaTokenizerFast.__init__).parameters
+
+
+def _llama(folder: Path) -> Any:
+    """Llama's tokenizer in transformers; 5 has forgotten the True that its own text promises."""
+    from transformers import LlamaTokenizerFast
+
+    more: dict[str, Any] = {"add_bos_token": True} if _file_rules() else {}
+    return LlamaTokenizerFast.from_pretrained(folder, **more)
+
+
 @pytest.fixture(scope="session")
 def reference(folders: dict[str, Path]) -> Callable[[str], object]:
     """The same vocabulary in transformers."""
@@ -95,7 +115,7 @@ def reference(folders: dict[str, Path]) -> Callable[[str], object]:
             elif name == "qwen":
                 cache[name] = transformers.Qwen2TokenizerFast.from_pretrained(folder)
             else:
-                cache[name] = transformers.LlamaTokenizerFast.from_pretrained(folder)
+                cache[name] = _llama(folder)
         return cache[name]
 
     return get
@@ -107,6 +127,11 @@ ALL = [*NAMES, "llama3", "stories"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_transformers(name: str, load, reference) -> None:
+    if name.startswith("llama2") and _file_rules():
+        pytest.skip(
+            "transformers 5 no longer reads a tokenizer.model as sentencepiece does: it puts no "
+            "space before a text that begins with one (test_equals_sentencepiece compares those)"
+        )
     ours, theirs = load(name), reference(name)
     special = [t for t in (theirs.bos_token, theirs.eos_token) if t]
     for text in [*TEXTS, "".join(special), f"a {' '.join(special)} b"]:
@@ -402,11 +427,17 @@ def test_chat_equals_transformers(template: str, folders, load, reference, tmp_p
     if template == "qwen3":
         ours, theirs = load("qwen"), reference("qwen")
     else:
-        from transformers import LlamaTokenizerFast
-
+        transformers = pytest.importorskip("transformers")
         config = {"tokenizer_class": "LlamaTokenizer", "chat_template": TEMPLATES[template]}
+        if _file_rules():  # 5 reads a tokenizer.model in its own way: give both a tokenizer.json
+            config |= {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": None}
         folder = _with_template(folders["llama2"], tmp_path / "m", **config)
-        ours, theirs = Tokenizer.load(folder), LlamaTokenizerFast.from_pretrained(folder)
+        if _file_rules():
+            load("llama2").backend.save(str(folder / "tokenizer.json"))
+            theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            theirs = _llama(folder)
+        ours = Tokenizer.load(folder)
     assert ours.has_chat_template
     system = [{"role": "system", "content": "Be brief."}]
     for messages in (TURNS, TURNS[:1], *([system + TURNS] if template != "mistral" else [])):
@@ -417,7 +448,7 @@ def test_chat_equals_transformers(template: str, folders, load, reference, tmp_p
                 )
                 assert ours.render_chat(messages, prompt, tools=tools) == text
                 ids = theirs.apply_chat_template(
-                    messages, add_generation_prompt=prompt, tools=tools
+                    messages, add_generation_prompt=prompt, tools=tools, return_dict=False
                 )
                 assert ours.chat(messages, prompt, tools=tools) == ids
                 if ours.bos_id is not None and template in ("llama3", "gemma", "mistral"):
@@ -501,8 +532,8 @@ def test_older_files(folders, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", [True, False, None])
 def test_add_bos_token(flag: bool | None, folders, tmp_path: Path, reference) -> None:
-    from transformers import LlamaTokenizerFast
-
+    if flag is False and _file_rules():
+        pytest.skip("transformers 5 ignores add_bos_token beside a tokenizer.json")
     reference("llama2").save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
@@ -510,13 +541,13 @@ def test_add_bos_token(flag: bool | None, folders, tmp_path: Path, reference) ->
     if flag is not None:
         config["add_bos_token"] = flag
     path.write_text(json.dumps(config))
-    theirs, ours = LlamaTokenizerFast.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    theirs, ours = _llama(tmp_path), Tokenizer.load(tmp_path)
     assert ours.encode("a") == theirs("a")["input_ids"]
 
 
 @pytest.mark.parametrize("flag", [True, False, None])
 def test_add_prefix_space(flag: bool | None, load, tmp_path: Path) -> None:
-    """tokenizer_config.json has the last word, as in transformers."""
+    """tokenizer_config.json has the last word, as in transformers 4; 5 ignores its flag here."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -526,8 +557,12 @@ def test_add_prefix_space(flag: bool | None, load, tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     config = {} if flag is None else {"add_prefix_space": flag}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert Tokenizer.load(tmp_path).encode("word") == theirs("word")["input_ids"]
+    ids = Tokenizer.load(tmp_path).encode("word")
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(flag))
+    assert ids == backend.encode("word").ids
+    if not _file_rules():
+        theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert ids == theirs("word")["input_ids"]
 
 
 def test_same_vocabulary(load, folders, tmp_path: Path) -> None:

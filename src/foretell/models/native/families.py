@@ -194,7 +194,8 @@ def gemma3(c: Config) -> Arch:
     window = c.get("sliding_window", 4096)
     both = c.get("rope_parameters") or {}
     if "full_attention" in both:  # transformers 5: one set of parameters a kind of layer
-        wide = _rope({**c, "rope_parameters": both["full_attention"]}, head_dim)
+        known = {"rope_theta": 1e6} | dict(c)
+        wide = _rope({**known, "rope_parameters": both["full_attention"]}, head_dim)
         near = _rope({**c, "rope_parameters": both["sliding_attention"]}, head_dim)
     else:
         wide = _rope({"rope_theta": 1e6} | dict(c), head_dim)
@@ -215,6 +216,12 @@ def gemma3(c: Config) -> Arch:
 
 
 def phi3(c: Config) -> Arch:
+    known = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+    c = {**known, **c}
+    for key in ("rope_scaling", "rope_parameters"):
+        p = c.get(key) or {}
+        if "yarn" in (p.get("type"), p.get("rope_type")):  # an older name of longrope here
+            c[key] = {**p, "rope_type": "longrope"}
     layers = (LayerArch(0, c.get("sliding_window")),) * _need(c, "num_hidden_layers")
     return llama(c, layers=layers, eps=c.get("rms_norm_eps", 1e-5), qkv_bias=False, o_bias=False)
 
@@ -430,7 +437,7 @@ def _rope(c: Config, head_dim: int) -> Rope:
         }
     elif kind == "longrope":
         original = c.get("original_max_position_embeddings") or pretrained
-        if original:
+        if original and not new.get("factor"):  # transformers 4 takes no other factor
             factor = longest / original
         original = original or longest
         attention = p.get("attention_factor")
