@@ -26,9 +26,10 @@ def load_llm(options: ModelOptions, quiet: bool = False, **more: Any) -> LLM:
     import threading
 
     options.validate()
-    # Threads that spin at barriers cost a factor of ten and more when another program wants the
-    # cores; sleeping ones cost microseconds. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # At a barrier OpenMP's threads spin for milliseconds, which costs a factor of ten and more when
+    # another program wants the cores; sleeping at once costs a factor of four when none does.
+    # libgomp reads this when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread:
         leave_at_once()
@@ -44,7 +45,7 @@ def load_llm(options: ModelOptions, quiet: bool = False, **more: Any) -> LLM:
                 allow_lossy=options.allow_lossy,
                 dtype=options.dtype,
                 device=options.device,
-                threads=options.threads,
+                threads=options.threads or threads_for(options.model),
                 max_batch=more.pop("max_batch", options.batch),
                 kv_rows=options.kv_rows,
                 **more,
@@ -52,6 +53,26 @@ def load_llm(options: ModelOptions, quiet: bool = False, **more: Any) -> LLM:
     finally:
         if main_thread:
             raise_interrupts()
+
+
+SMALL = 64 << 20  # bytes of weights up to which one thread is about as quick as several
+
+
+def threads_for(model: str | None) -> int | None:
+    """One thread for a model so small that threads mostly wait for each other; None = torch's
+    default. Whoever sets OMP_NUM_THREADS knows better."""
+    from pathlib import Path
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    if model is None:
+        from foretell.engine.llm import bundled_model
+
+        folder = bundled_model()
+    else:
+        folder = Path(model).expanduser()
+    sizes = [f.stat().st_size for f in folder.glob("*.safetensors")]
+    return 1 if sizes and sum(sizes) <= SMALL else None
 
 
 @contextmanager

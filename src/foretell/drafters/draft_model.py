@@ -89,7 +89,7 @@ class DraftModel:
     summary = "a smaller model drafts a chain or a k-ary tree"
     needs = Needs(own_model=True)
 
-    def __init__(self, model: TargetModel, vocab: int, tokens: int = 4, branching: int = 1) -> None:
+    def __init__(self, model: TargetModel, vocab: int, tokens: int = 3, branching: int = 1) -> None:
         if tokens < 1 or branching < 1:
             raise InputError("draft-model needs tokens >= 1 and branching >= 1.")
         if branching > 1 and not model.spec.caps.tree:
@@ -102,7 +102,7 @@ class DraftModel:
 
     @classmethod
     def build(
-        cls, context: BuildContext, path: str | None = None, tokens: int = 4, branching: int = 1
+        cls, context: BuildContext, path: str | None = None, tokens: int = 3, branching: int = 1
     ) -> DraftModel:
         """`path`: a checkpoint directory or hub id; by default the drafter beside the target."""
         path = path or context.default_draft

@@ -99,7 +99,10 @@ def mixture_weights(names: list[str], chosen: dict[str, float]) -> dict[str, flo
 def prepare_folders(
     settings: BaseSettings, target: LlamaShape, draft: LlamaShape, batch: dict[str, int]
 ) -> None:
-    """Make both folders; refuse to continue a run that was started with other settings."""
+    """Make both folders; refuse to continue a run whose networks or data were others.
+
+    Budget and weights may change between two parts of a run: the schedule follows the new ones.
+    """
     if (settings.minutes is None) == (settings.tokens is None):
         raise InputError("give either --minutes or --tokens.")
     if not settings.stdlib and not settings.corpora:
