@@ -64,7 +64,7 @@ def ways(args: argparse.Namespace, path: Path) -> dict[str, Callable[[list[int]]
     peer: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     own = LLM.load(path, draft="none", dtype=args.dtype) if not args.shape else load_ids(path, args)
     greedy = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": 0}
-    greedy["min_new_tokens"] = args.tokens
+    peer.generation_config.eos_token_id = None  # every way decodes the same number of tokens
 
     def ours(llm: LLM) -> Callable[[list[int]], list[int]]:
         return lambda ids: llm.generate([ids], max_tokens=args.tokens, ignore_eos=True)[0].token_ids
