@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from foretell.engine.outputs import RequestOutput
 
 app = typer.Typer(add_completion=False)
+QUESTION = "a school problem"  # asked through the chat template where there is one
 PROMPTS = {
-    "a Python function": (
-        "import os\n\n\ndef read_lines(path, encoding=None):\n"
-        '    """Return the lines of the file *path* as a list of strings."""\n'
+    "a Python class": (
+        'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self):\n'
+        "        self.items = []\n\n    def push(self, item):\n"
     ),
-    "a school problem": (
-        "Question: A gardener plants 6 rows of 14 tulips. Rabbits eat 9 of them, and she sells the "
-        "rest for $2 each. How many dollars does she earn?\nAnswer:"
+    QUESTION: (
+        "A gardener plants 6 rows of 14 tulips. Rabbits eat 9 of them, and she sells the "
+        "rest for $2 each. How many dollars does she earn?"
     ),
     "a novel": (
         "It was a dark and stormy evening in November, and the old gentleman, who had been sitting "
@@ -132,10 +133,13 @@ def run(
     plain = LLM(llm.model, llm.tokenizer, draft="none", max_batch=1)
     pairs = [Pair(name, text) for name, text in PROMPTS.items()]
     for pair in pairs:
+        prompt: str | list[int] = pair.prompt
+        if pair.name == QUESTION and llm.tokenizer and llm.tokenizer.has_chat_template:
+            prompt = llm.chat_ids([{"role": "user", "content": pair.prompt}])
         for warm in range(rounds + 1):
             for one, kept in ((plain, pair.plain), (llm, pair.fast)):
                 one.engine.scheduler.clear_kept()
-                output = one.generate(pair.prompt, params)[0]
+                output = one.generate([prompt], params)[0]
                 if warm:
                     kept.append(output)
                 advance(1)

@@ -66,7 +66,7 @@ class ModelOptions:
     ] = "auto"
     policy: Annotated[
         str, opt(SPECULATION, "How much to draft, e.g. confidence:threshold=0.5.", metavar="SPEC")
-    ] = "auto"
+    ] = "fixed"
     allow_lossy: Annotated[
         bool, opt(SPECULATION, "Allow methods that change what the model says.", "--allow-lossy")
     ] = False

@@ -70,8 +70,7 @@ class LLM:
 
     draft / verify / policy: method specs (``name:key=value,...``). draft="auto" is the drafter that
     ships beside the target if there is one, else prompt-lookup; verify="auto" is exact: `greedy` at
-    temperature 0, `replay` above; policy="auto" is `fixed`, or, where the drafter was chosen
-    automatically too, `confidence`. max_batch: most sequences decoded at once; kv_rows: rows of the
+    temperature 0, `replay` above. max_batch: most sequences decoded at once; kv_rows: rows of the
     KV cache over all sequences (default: as many as max_batch full contexts need, at most half of
     the free memory); step_rows: most prompt rows of one step. Lossy methods are refused unless
     allow_lossy. Not thread-safe.
@@ -84,7 +83,7 @@ class LLM:
         *,
         draft: MethodSpec | Drafter = "none",
         verify: MethodSpec | Verifier = "auto",
-        policy: MethodSpec | LengthPolicy = "auto",
+        policy: MethodSpec | LengthPolicy = "fixed",
         max_batch: int = 16,
         kv_rows: int | None = None,
         step_rows: int = 512,
@@ -99,8 +98,6 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
         context = context or BuildContext(model, tokenizer)
         self.drafter: Drafter = _make("drafter", draft, context)
-        if isinstance(policy, str) and policy == "auto":
-            policy = "fixed"
         self.policy: LengthPolicy = _make("policy", policy, context)
         self._greedy: Verifier = registry.create("verifier", "greedy")
         auto = isinstance(verify, str) and verify == "auto"
@@ -123,7 +120,6 @@ class LLM:
         model: str | os.PathLike[str] | None = None,
         *,
         draft: MethodSpec = "auto",
-        policy: MethodSpec = "auto",
         dtype: str = "auto",
         device: str = "auto",
         backend: str = "auto",
@@ -164,10 +160,8 @@ class LLM:
             draft = "draft-model" if default else "prompt-lookup"
             if not target.spec.caps.rollback:
                 draft = "none"
-            if isinstance(policy, str) and policy == "auto":
-                policy = "confidence:threshold=0.5"
         context = BuildContext(target, tokenizer, load_draft, default)
-        return cls(target, tokenizer, draft=draft, policy=policy, context=context, **options)
+        return cls(target, tokenizer, draft=draft, context=context, **options)
 
     def _check(self, allow_lossy: bool) -> None:
         for method in (self._sampled, self.drafter):
