@@ -177,13 +177,17 @@ class Scheduler:
         seq.cache = None
         seq.view.cached = 0
 
+    def _reusable(self, seq: Sequence) -> int:
+        """Most rows that `seq` may take over from other caches."""
+        if not self.reuse or seq.params.prompt_logprobs is not None:
+            return 0
+        return len(seq.tokens) - 1  # the last id must be fed: its row predicts the next
+
     def _reuse(self, seq: Sequence, planned: int = 0) -> None:
         """Copy the longest prefix that a running or a kept cache already holds, if `planned` rows
         of this step leave room for it."""
-        if not self.reuse or seq.params.prompt_logprobs is not None:
-            return
         best, source = self.SHARE - 1, None
-        limit = len(seq.tokens) - 1  # the last id must be fed: its row predicts the next
+        limit = self._reusable(seq)
         if limit < self.SHARE:
             return
         for other in self.running:
@@ -206,9 +210,7 @@ class Scheduler:
     def _waits(self, seq: Sequence, planned: int) -> bool:
         """Whether an older sequence is about to compute rows that `seq` can copy; if there is
         nothing to wait for, `seq` takes the rows that are there."""
-        if not self.reuse or seq.params.prompt_logprobs is not None:
-            return False
-        limit = len(seq.tokens) - 1
+        limit = self._reusable(seq)
         if limit < self.SHARE:
             return False
         for other in self.running:
