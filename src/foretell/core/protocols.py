@@ -278,7 +278,22 @@ class Timings:
     draft: float = 0.0
     target: float = 0.0
     verify: float = 0.0
-    rows: int = 0
+    rows: int = 0  # T of the target forward
+    context: int = 0  # committed rows the forward read, summed over its sequences
+    sequences: int = 0  # B
+    decoding: bool = True  # whether no sequence of the step was still reading its prompt
+
+
+class CostModel(Protocol):
+    """What a target forward costs on this machine, in seconds. Policies and trees size drafts
+    with it; the engine tells it what every forward really took."""
+
+    def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
+        """One forward of `rows` rows in all, whose sequences hold `context` committed rows in
+        all. The first call may measure the model for some seconds."""
+        ...
+
+    def observe(self, rows: int, context: int, sequences: int, seconds: float) -> None: ...
 
 
 class LengthPolicy(Protocol):
@@ -326,4 +341,5 @@ class BuildContext:
     tokenizer: Any = None
     load_model: Callable[..., TargetModel] | None = None  # (path, **options) -> a draft model
     default_draft: str | None = None  # path of the drafter that ships with the target
+    cost: CostModel | None = None  # what forwards of the target cost here; None = unknown
     extras: dict[str, Any] = field(default_factory=dict)

@@ -84,6 +84,7 @@ class Engine:
         t1 = perf_counter()
         caches = [t.seq.cache for t in turns]
         batch = self._pack(turns, trees)
+        context = sum(t.seq.rows for t in turns)
         self.scheduler.shed(batch.rows)  # drafts, too, take the place of kept rows
         with self.model.open(caches) as txn:  # type: ignore[arg-type]  # a running one has a cache
             out = self.model.forward(batch, txn, self.drafter.needs.taps)
@@ -103,7 +104,15 @@ class Engine:
         for turn in turns:
             turn.seq.view.cached = turn.seq.rows
         self.drafter.observe([t.seq.draft for t in turns], feedback)
-        self.timings = Timings(t1 - t0, t2 - t1, t3 - t2, batch.rows)
+        self.timings = Timings(
+            t1 - t0,
+            t2 - t1,
+            t3 - t2,
+            batch.rows,
+            context,
+            len(turns),
+            all(t.decode for t in turns),
+        )
         self.policy.observe(trees, verdicts, self.timings)
         for turn in turns:
             if turn.seq.finish.reason is not None:
