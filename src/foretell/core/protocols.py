@@ -61,6 +61,7 @@ class ModelSpec:
     caps: Caps = Caps()
     name: str = ""
     row_bytes: int = 0  # bytes of one KV row, all layers; 0 = unknown
+    weight_bytes: int = 0  # bytes of weights a forward with logits reads; 0 = unknown
 
 
 @runtime_checkable

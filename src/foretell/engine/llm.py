@@ -28,6 +28,7 @@ from foretell.core.protocols import (
 )
 from foretell.core.registry import Spec
 from foretell.core.rng import SeqRng, fresh_seed
+from foretell.engine.cost import MeasuredCost, cache_folder
 from foretell.engine.loop import Engine
 from foretell.engine.outputs import RequestOutput, SampleOutput
 from foretell.engine.scheduler import Scheduler
@@ -97,6 +98,8 @@ class LLM:
             raise InputError(f"kv_rows={kv_rows} makes no sense: it is at least 1.")
         self.model, self.tokenizer = model, tokenizer
         context = context or BuildContext(model, tokenizer)
+        if context.cost is None:
+            context.cost = MeasuredCost(model, cache_folder())
         self.drafter: Drafter = _make("drafter", draft, context)
         self.policy: LengthPolicy = _make("policy", policy, context)
         self._greedy: Verifier = registry.create("verifier", "greedy")
@@ -110,7 +113,7 @@ class LLM:
             model.new_cache,
             reuse=model.spec.caps.rollback,
         )
-        self.engine = Engine(model, self.drafter, self.policy, scheduler)
+        self.engine = Engine(model, self.drafter, self.policy, scheduler, context.cost)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
 

@@ -27,6 +27,7 @@ from foretell.core.batch import PackedBatch, segment_of
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback, Rows, Verdict
 from foretell.core.protocols import (
+    CostModel,
     Drafter,
     LengthPolicy,
     NodeMasks,
@@ -42,7 +43,12 @@ class Engine:
     """Runs the sequences of a scheduler through a model, a drafter and a length policy."""
 
     def __init__(
-        self, model: TargetModel, drafter: Drafter, policy: LengthPolicy, scheduler: Scheduler
+        self,
+        model: TargetModel,
+        drafter: Drafter,
+        policy: LengthPolicy,
+        scheduler: Scheduler,
+        cost: CostModel | None = None,
     ) -> None:
         caps = model.spec.caps
         if drafter.needs.layer_access and not caps.layer_access:
@@ -56,6 +62,7 @@ class Engine:
                 "use --draft none."
             )
         self.model, self.drafter, self.policy, self.scheduler = model, drafter, policy, scheduler
+        self.cost = cost
         scheduler.on_admit = self._begin
         scheduler.on_evict = self._end
         self.timings = Timings()  # of the last step
@@ -114,6 +121,8 @@ class Engine:
             all(t.decode for t in turns),
         )
         self.policy.observe(trees, verdicts, self.timings)
+        if self.cost is not None:
+            self.cost.observe(batch.rows, context, len(turns), t2 - t1)
         for turn in turns:
             if turn.seq.finish.reason is not None:
                 turn.seq.stats.end = perf_counter()

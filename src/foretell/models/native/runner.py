@@ -86,6 +86,8 @@ class NativeModel:
             caps=Caps(layer_access=True),
             name=name or arch.family,
             row_bytes=row,
+            weight_bytes=(arch.parameters - (0 if arch.tied else arch.vocab * arch.hidden))
+            * dtype.itemsize,
         )
 
     @classmethod

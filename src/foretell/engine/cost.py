@@ -1,0 +1,150 @@
+"""What a forward of a model costs on this machine: measured once, kept on disk, corrected by use.
+
+T(rows, context, sequences) is a sum: a curve over the packed rows (measured, interpolated), plus
+what reading the context costs per committed row and per pair of row and committed row, plus what
+every further sequence costs. Four short measurements give the curve and the three slopes; every
+real forward then corrects the prediction for its number of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foretell.core.protocols import TargetModel
+from foretell.engine.curve import Curve
+
+VERSION = 1
+
+
+class MeasuredCost:
+    """A `CostModel` of one model on this machine.
+
+    The curve is measured when it is first asked for, or read from `folder`, where it is kept by
+    model shape, dtype, threads and processor. Afterwards `observe` moves the prediction: a factor
+    for all forwards (the machine is busier or quieter than it was) and one for each range of rows.
+    """
+
+    PACE = 0.1  # weight of a new observation in the running averages of log(actual / predicted)
+
+    def __init__(self, model: TargetModel, folder: Path | None = None) -> None:
+        self.model = model
+        self.path = folder / f"{identity(model)}.json" if folder else None
+        self._curve: Curve | None = None
+        self._table: list[float] = []  # curve.at(n) for small n
+        self._all = 0.0
+        self._range = [0.0] * 16
+        self.errors: list[float] = []  # |predicted / actual - 1| of the last forwards
+
+    @property
+    def curve(self) -> Curve:
+        if self._curve is None:
+            self._curve = self._read() or self._measure()
+            self._table = [self._curve.at(max(1, n)) for n in range(257)]
+        return self._curve
+
+    def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
+        return self._plain(rows, context, sequences) * math.exp(
+            self._all + self._range[_bucket(rows)]
+        )
+
+    def observe(self, rows: int, context: int, sequences: int, seconds: float) -> None:
+        if self._curve is None or rows < 1 or seconds <= 0:
+            return
+        bucket = _bucket(rows)
+        guess = self.seconds(rows, context, sequences)
+        if len(self.errors) >= 1000:
+            del self.errors[:500]
+        self.errors.append(abs(guess / seconds - 1))
+        # a forward that was interrupted for long says nothing about the next one
+        miss = max(-0.7, min(0.7, math.log(seconds / guess)))
+        self._all += self.PACE * miss / 2
+        self._range[bucket] += self.PACE * miss / 2
+
+    @property
+    def error(self) -> float | None:
+        """Median of |predicted / actual - 1| over the last forwards."""
+        return statistics.median(self.errors) if self.errors else None
+
+    def _plain(self, rows: int, context: int, sequences: int) -> float:
+        curve = self.curve
+        base = self._table[rows] if rows < len(self._table) else curve.at(rows)
+        pairs = rows * context / max(1, sequences)
+        return (
+            base
+            + curve.per_context * context
+            + curve.per_pair * pairs
+            + curve.per_sequence * (sequences - 1)
+        )
+
+    def _measure(self) -> Curve:
+        curve = Curve.measure(self.model)
+        if self.path is not None:
+            with suppress(OSError):  # a full or read-only disk costs a measurement next time
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(
+                    "w", dir=self.path.parent, suffix=".tmp", delete=False
+                ) as f:
+                    json.dump({"version": VERSION, **asdict(curve)}, f)
+                Path(f.name).replace(self.path)
+        return curve
+
+    def _read(self) -> Curve | None:
+        if self.path is None:
+            return None
+        try:
+            value: dict[str, Any] = json.loads(self.path.read_bytes())
+            if value.pop("version") != VERSION:
+                return None
+            curve = Curve(**value)
+            whole = len(curve.rows) == len(curve.seconds) > 1
+            return curve if whole and min(curve.seconds) > 0 else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+
+def _bucket(rows: int) -> int:
+    return min(15, int(2 * math.log2(rows))) if rows > 1 else 0
+
+
+def identity(model: TargetModel) -> str:
+    """A name for this model's shape and arithmetic on this machine."""
+    spec = model.spec
+    kind = getattr(model, "format", None) or getattr(model, "dtype", "")
+    parts = [
+        type(model).__name__, str(kind), spec.vocab, spec.hidden, spec.layers, spec.row_bytes,
+        spec.weight_bytes, str(model.device), torch.get_num_threads(), torch.__version__,
+        platform.machine(), processor(model.device), os.environ.get("FORETELL_KERNELS", ""),
+    ]  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def processor(device: torch.device) -> str:
+    """The name of the processor that runs a model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept."""
+    base = os.environ.get("FORETELL_CACHE")
+    if base:
+        return Path(base) / "cost"
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(home) / "foretell" / "cost"
