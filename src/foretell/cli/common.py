@@ -87,6 +87,18 @@ def _spinner(text: str, quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
+def status(text: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr if that is a terminal; yields what changes its text."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text) as spinner:
+        yield lambda text: spinner.update(text)
+
+
+@contextmanager
 def progress(text: str, total: int, quiet: bool = False) -> Iterator[Advance]:
     """A bar on stderr if that is a terminal; yields what moves it on."""
     if quiet or not sys.stderr.isatty():

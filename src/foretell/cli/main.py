@@ -21,7 +21,9 @@ COMMANDS = {
     "methods": "list every drafter, verification rule and length policy",
     "check": "prove on your model that speculation changes nothing",
     "demo": "plain and speculative decoding side by side",
+    "tune": "find the fastest setting for a model, a machine and a workload",
     "train": "train models and drafters (`foretell train base`)",
+    "lab": "measure weight formats, rules and machines (`foretell lab quality`)",
 }
 OK, FAILED, USAGE, INTERNAL, INTERRUPTED, PIPE = 0, 1, 2, 3, 130, 141
 

@@ -240,6 +240,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     here = {p.name for p in context.command.params}
     shared = {f.name for group in (ModelOptions, SamplingOptions) for f in fields(group)}
     known = (here | shared) - {"config", "help"}
+    values.pop("tuned", None)  # what `foretell tune` measured, for people
     defaults = {}
     for key, value in values.items():
         name = key.replace("-", "_")

@@ -97,7 +97,7 @@ class LLM:
         if kv_rows is not None and kv_rows < 1:
             raise InputError(f"kv_rows={kv_rows} makes no sense: it is at least 1.")
         self.model, self.tokenizer = model, tokenizer
-        context = context or BuildContext(model, tokenizer)
+        self.context = context = context or BuildContext(model, tokenizer)
         if context.cost is None:
             context.cost = MeasuredCost(model, cache_folder())
         self.drafter: Drafter = _make("drafter", draft, context)
@@ -149,15 +149,20 @@ class LLM:
         beside = folder / "draft"
         default = str(beside) if (beside / "config.json").is_file() else None
 
+        drafts: dict[Path, TargetModel] = {}
+
         def load_draft(name: str) -> TargetModel:
             home = find_checkpoint(name)
+            if home in drafts:
+                return drafts[home]
             reason = tokenizer.same_vocabulary(Tokenizer.load(home))
             if reason:
                 raise InputError(
                     f"The draft model {name} does not share the target's vocabulary: {reason} "
                     "Choose a drafter with the same tokenizer."
                 )
-            return load_model(home, **kind)
+            drafts[home] = load_model(home, **kind)
+            return drafts[home]
 
         if isinstance(draft, str) and draft == "auto":
             draft = "draft-model" if default else "prompt-lookup"
@@ -165,6 +170,17 @@ class LLM:
                 draft = "none"
         context = BuildContext(target, tokenizer, load_draft, default)
         return cls(target, tokenizer, draft=draft, context=context, **options)
+
+    def with_methods(
+        self,
+        draft: MethodSpec | Drafter = "none",
+        verify: MethodSpec | Verifier = "auto",
+        policy: MethodSpec | LengthPolicy = "fixed",
+        **options: Any,
+    ) -> LLM:
+        """Another engine over the same loaded models (comparisons, tuning)."""
+        parts: dict[str, Any] = {"draft": draft, "verify": verify, "policy": policy}
+        return LLM(self.model, self.tokenizer, context=self.context, **parts, **options)
 
     def _check(self, allow_lossy: bool) -> None:
         for method in (self._sampled, self.drafter):

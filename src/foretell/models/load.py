@@ -12,9 +12,10 @@ import torch
 
 from foretell.core.errors import InputError
 from foretell.core.protocols import TargetModel
-from foretell.models.native.families import FAMILIES, describe
+from foretell.models.native.arch import Arch
+from foretell.models.native.families import FAMILIES, LLAMA_NAMES, describe
 from foretell.models.native.runner import NativeModel
-from foretell.models.native.weights import read_config, stored_dtype
+from foretell.models.native.weights import RandomSource, read_config, stored_dtype
 
 LARGE = 1_500_000_000  # parameters from which bfloat16 is kept on a CPU
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -54,6 +55,23 @@ def load_model(
     kind = choose_dtype(dtype, stored_dtype(config), 0, where)
     name = str(kind).removeprefix("torch.")
     return cast(TargetModel, HFModel.load(folder, name, where, progress))
+
+
+def random_model(
+    arch: Arch,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Callable[[float, str], None] | None = None,
+) -> TargetModel:
+    """A model of random weights, by the backend that `load_model` would choose for a checkpoint
+    of this shape and dtype (`foretell lab forward --random-shape`, benchmarks)."""
+    where = choose_device(device)
+    kind = choose_dtype(dtype, torch.bfloat16, arch.parameters, where)
+    source = RandomSource(seed, 1.0, kind)
+    name = f"random-{arch.family}"
+    return cast(TargetModel, NativeModel(arch, LLAMA_NAMES, source, kind, where, name, progress))
 
 
 def find_checkpoint(path: str | Path) -> Path:
