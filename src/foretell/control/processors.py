@@ -6,15 +6,18 @@ tree, so speculation sees the same distributions. The order is that of `Sampling
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from foretell.core.batch import Tap
 from foretell.core.errors import InputError
 from foretell.core.feedback import Rows
 from foretell.core.params import SamplingParams
 from foretell.core.protocols import NodeMasks
+from foretell.core.rows import argmax_rows
 from foretell.core.tree import TokenTree
 
 NEG = float("-inf")
@@ -168,18 +171,28 @@ class ProcessedRows:
     """The target's rows of one sequence, processed when a verifier asks (`TargetRows`)."""
 
     def __init__(
-        self, rows: Rows, tree: TokenTree, processors: Processors, masks: NodeMasks | None
+        self,
+        rows: Rows,
+        tree: TokenTree,
+        processors: Processors,
+        masks: NodeMasks | None,
+        hidden: Mapping[Tap, Rows] = MappingProxyType({}),
     ) -> None:
         self.rows, self.tree, self.processors, self.masks = rows, tree, processors, masks
+        self.states = hidden
+        self.deterministic = processors.params.greedy
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
         logits = self.rows[nodes]
         logits = self.processors.legal(logits, self._paths(nodes), self._mask(nodes, logits))
-        return logits.argmax(-1).tolist()
+        return argmax_rows(logits)
 
-    def probs(self, nodes: Sequence[int]) -> Tensor:
-        logits = self.rows[nodes]
+    def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
+        logits = self.rows[nodes if read is None else read]
         return self.processors.probs(logits, self._paths(nodes), self._mask(nodes, logits))
+
+    def hidden(self, tap: Tap, nodes: Sequence[int]) -> Tensor:
+        return self.states[tap][nodes]
 
     def _paths(self, nodes: Sequence[int]) -> list[list[int]]:
         if not self.processors.adjusts:
