@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from foretell.core import rng
 from foretell.core.rng import Purpose, SeqRng, fresh_seed, mix
 
 PURPOSES = list(Purpose)
@@ -170,3 +171,11 @@ def test_huge_seeds_and_positions() -> None:
     for seed in (0, (1 << 63) - 1, 1 << 64, 10**30):
         e = SeqRng(seed).race([0, 10**6], Purpose.TARGET, 9)
         assert torch.isfinite(e).all()
+
+
+def test_the_host_and_the_device_way_agree_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [0, 1, (1 << 64) - 1, 12345678901234567890]
+    host = rng._race_on_host(keys, 5000)
+    monkeypatch.setattr(rng, "_race_on_host", lambda *a: pytest.fail("this is the device's way"))
+    device = rng._race(keys, 5000, "cpu:0")
+    assert (host == device.numpy()).all()

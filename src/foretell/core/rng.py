@@ -13,6 +13,8 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -123,6 +125,8 @@ def _race(keys: Sequence[int], vocab: int, device: str) -> Tensor:
     """[len(keys), vocab] float32: -log of the splitmix64 uniform of (key, token id)."""
     import torch
 
+    if device == "cpu":
+        return torch.from_numpy(_race_on_host(keys, vocab))
     ids = _token_offsets(vocab, device)
     z = (
         torch.tensor([_signed(k) for k in keys], dtype=torch.int64, device=ids.device)[:, None]
@@ -135,6 +139,32 @@ def _race(keys: Sequence[int], vocab: int, device: str) -> Tensor:
     z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
     u = (z >> 12).bitwise_and_((1 << 52) - 1).to(torch.float64)
     return u.add_(0.5).mul_(2.0**-52).log_().neg_().to(torch.float32)
+
+
+def _race_on_host(keys: Sequence[int], vocab: int) -> np.ndarray:
+    """The same by numpy, whose 64-bit multiplications are vectorised: half the time."""
+    steps = _host_offsets(vocab)
+    out = np.empty((len(keys), vocab), np.float32)
+    part = np.empty(vocab, np.uint64)
+    for row, key in zip(out, keys, strict=True):
+        z = steps + np.uint64(key)
+        for shift, factor in ((30, _M1), (27, _M2), (31, 1)):
+            np.right_shift(z, np.uint64(shift), out=part)
+            z ^= part
+            if factor != 1:
+                z *= np.uint64(factor)
+        z >>= np.uint64(12)
+        u = z.astype(np.float64)
+        u += 0.5
+        u *= 2.0**-52
+        np.log(u, out=u)
+        np.negative(u, out=row, casting="same_kind")
+    return out
+
+
+@lru_cache(maxsize=16)
+def _host_offsets(vocab: int) -> np.ndarray:
+    return np.arange(1, vocab + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
 
 
 @lru_cache(maxsize=16)
