@@ -1,0 +1,1 @@
+"""How much verification rules accept, beside the most that any rule could."""
