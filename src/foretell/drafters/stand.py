@@ -1,0 +1,272 @@
+"""Stochastic n-gram drafting: n-grams that remember distributions, drawn from without replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from foretell.core.errors import InputError
+from foretell.core.feedback import Feedback
+from foretell.core.protocols import Budget, BuildContext, Draw, Needs, Promise, SeqView
+from foretell.core.rng import Purpose
+from foretell.core.tree import TokenTree
+from foretell.drafters.tables.logit_ngrams import LogitNgrams
+from foretell.drafters.tables.noise import race_at
+from foretell.drafters.tables.ranks import RankStats, RankTree, best_paths, tree_of
+from foretell.drafters.tables.sharing import check_share, shares
+from foretell.drafters.tables.topk import top_ids
+
+OWN = 4 << 20  # bytes of the table of a request that keeps to itself
+REFIT = 64  # tokens between two looks at what tree is best
+PRIOR = (0.6, 0.12, 0.06, 0.03, 0.02, 0.015, 0.01, 0.01)
+
+
+@dataclass(slots=True)
+class StandTables:
+    """What requests learn: the distributions, and how often the r-th draw was the right one."""
+
+    grams: LogitNgrams
+    stats: RankStats
+    tokens: int = 0  # seen since the beginning
+    fitted: int = -1  # REFIT periods before the last look
+    paths: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class StandState:
+    """One sequence. base: length of the text when it was last drafted for."""
+
+    view: SeqView
+    tables: StandTables
+    learnt: bool = False
+    base: int = 0
+
+
+class Stand:
+    """n-grams of up to `max_ngram` tokens remember the `k` likeliest tokens the target gave after
+    them, averaged over visits; the longest one that matches the path is the draft distribution q.
+
+    Draws follow the verifier: the likeliest tokens (greedy); the target's own noise (replay); draws
+    from q without replacement by Gumbel-top-k, q rows handed over (rejection). q is tempered like
+    the target's. The tree has `nodes` nodes, the likeliest by how often the r-th draw stood so far;
+    it never looks at what is drawn, which keeps sampling unbiased. Where the n-gram is unknown
+    nothing is drafted; n-grams of the prompt stand in until the target has been there. Shared
+    tables stay within `bytes`; share: see `tables.sharing`. onehot=true hands over no q rows (for
+    rules that want other draws). Promise: keeps that of the verifier.
+
+    Paper: Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling" (2025).
+    """
+
+    name = "stand"
+    promise = Promise.EXACT
+    paper = "Accelerated Test-Time Scaling with Model-Free Speculative Sampling"
+    summary = "n-grams that remember the target's distributions; draws without replacement"
+    needs = Needs(logits=True)
+
+    def __init__(
+        self,
+        vocab: int,
+        nodes: int = 16,
+        depth: int = 8,
+        k: int = 8,
+        max_ngram: int = 3,
+        min_ngram: int = 1,
+        bytes: int = 64 << 20,
+        share: str = "exact",
+        onehot: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if min(nodes, depth, k) < 1 or not 1 <= min_ngram <= max_ngram:
+            raise InputError("stand needs nodes, depth, k >= 1 and 1 <= min_ngram <= max_ngram.")
+        if bytes < 1 << 16:
+            raise InputError("stand:bytes is at least 65536.")
+        self.vocab, self.nodes, self.depth, self.k = vocab, nodes, depth, min(k, vocab)
+        self.max_ngram, self.min_ngram, self.bytes = max_ngram, min_ngram, bytes
+        self.share, self.onehot = check_share(self.name, share), onehot
+        self.device = torch.device(device)
+        self.shapes = frozenset({"tree", "onehot"} | (set() if onehot else {"q"}))
+        self.tables = self._tables(bytes)
+
+    @classmethod
+    def build(
+        cls,
+        context: BuildContext,
+        nodes: int = 16,
+        depth: int = 8,
+        k: int = 8,
+        max_ngram: int = 3,
+        min_ngram: int = 1,
+        bytes: int = 64 << 20,
+        share: str = "exact",
+        onehot: bool = False,
+    ) -> Stand:
+        """For the context's target."""
+        target = context.target
+        return cls(
+            target.spec.vocab,
+            nodes,
+            depth,
+            k,
+            max_ngram,
+            min_ngram,
+            bytes,
+            share,
+            onehot,
+            target.device,
+        )
+
+    def _tables(self, limit: int) -> StandTables:
+        grams = LogitNgrams(self.vocab, self.k, self.min_ngram, self.max_ngram, limit)
+        prior = (PRIOR + (PRIOR[-1],) * self.k)[: self.k]
+        return StandTables(grams, RankStats(prior))
+
+    def state_bytes(self) -> int:
+        """Of what all requests share."""
+        return self.tables.grams.nbytes
+
+    def begin(self, view: SeqView) -> StandState:
+        shared = shares(view, self.share)
+        return StandState(view, self.tables if shared else self._tables(min(self.bytes, OWN)))
+
+    def end(self, state: StandState) -> None:
+        """What it learnt stays."""
+
+    def propose(
+        self, states: Sequence[StandState], views: Sequence[SeqView], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        for state, view in zip(states, views, strict=True):
+            if not state.learnt:
+                state.tables.grams.learn(view.tokens[: view.prompt_len])
+                state.learnt = True
+            state.base = len(view.tokens)
+        return [self._one(s, v, b) for s, v, b in zip(states, views, budgets, strict=True)]
+
+    def _one(self, state: StandState, view: SeqView, budget: Budget) -> TokenTree:
+        if budget.none:
+            return TokenTree.context(view.pending)
+        shape = self._shape(state.tables, budget)
+        drawing = Drawing(view, state.tables.grams, self.vocab, self.onehot, self.device)
+        drawing.grow(shape, budget)
+        return drawing.tree()
+
+    def _shape(self, tables: StandTables, budget: Budget) -> RankTree:
+        """The best tree by the ranks seen so far, looked at anew every REFIT tokens."""
+        if tables.fitted != tables.tokens // REFIT:
+            tables.fitted = tables.tokens // REFIT
+            p = tables.stats.chances().tolist()
+            tables.paths = tuple(path for _, path in best_paths(p, self.nodes, self.depth))
+        limits = (min(self.nodes, budget.nodes), budget.depth, budget.branching)
+        fits = [s for s in tables.paths if len(s) <= limits[1] and max(s) < limits[2]]
+        if limits[2] == 1:  # a chain may use all the nodes
+            fits = [(0,) * n for n in range(1, min(self.depth, limits[1]) + 1)]
+        return tree_of(tuple(fits[: limits[0]]))
+
+    def observe(self, states: Sequence[StandState], feedback: Sequence[Feedback]) -> None:
+        for state, f in zip(states, feedback, strict=True):
+            if f.tokens:
+                self._learn(state, f)
+
+    def _learn(self, state: StandState, f: Feedback) -> None:
+        tables, tree = state.tables, f.tree
+        nodes = [tree.tip, *f.verdict.path][: len(f.tokens)]
+        logits = f.logits[nodes]
+        ids = top_ids(logits, self.k)
+        picked = logits.gather(1, torch.from_numpy(ids).to(logits.device))
+        probs = (picked - logits.logsumexp(-1, keepdim=True)).exp().cpu().numpy()
+        text = state.view.tokens[max(0, state.base - self.max_ngram) : state.base]
+        for i, (node, token) in enumerate(zip(nodes, f.tokens, strict=True)):
+            tables.grams.put(text, ids[i], probs[i])
+            text = [*text[-self.max_ngram + 1 :], token] if self.max_ngram > 1 else [token]
+            children = tree.children(node)
+            if children:
+                drawn = tree.tokens[children].tolist()
+                rank = drawn.index(token) if token in drawn else len(drawn)
+                tables.stats.saw(rank, len(drawn))
+        tables.tokens += len(nodes)
+
+
+class Drawing:
+    """One draft under construction."""
+
+    def __init__(
+        self, view: SeqView, grams: LogitNgrams, vocab: int, onehot: bool, device: torch.device
+    ) -> None:
+        self.view, self.grams, self.vocab, self.device = view, grams, vocab, device
+        self.sampled = view.draw.from_q and not onehot
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.scores: list[float] = []
+        self.qrow: list[int] = []
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []  # ids and q of each distribution
+
+    def grow(self, shape: RankTree, budget: Budget) -> None:
+        """Level by level; a node whose n-gram is unknown, or whose token the budget's rule stops
+        at, has no children."""
+        tail = self.view.tokens[-self.grams.max_n :]
+        texts: dict[int, list[int]] = {-1: tail}  # node of the shape -> the text it ends
+        trail: dict[int, list[float]] = {-1: []}
+        index = {-1: -1}
+        for level, (a, b) in enumerate(shape.bounds):
+            wanted: dict[int, int] = {}  # parent -> children
+            for parent in shape.parent[a:b].tolist():
+                wanted[parent] = wanted.get(parent, 0) + 1
+            found = [(p, self.grams.find(texts[p])) for p in wanted if p in texts]
+            found = [(p, slot) for p, slot in found if slot >= 0]
+            if not found:
+                return
+            drawn = self.draw(level, [slot for _, slot in found], [p + 1 for p, _ in found])
+            first = dict(zip(wanted, np.cumsum([0, *wanted.values()]).tolist(), strict=False))
+            for (parent, _), (ids, q, order) in zip(found, drawn, strict=True):
+                if self.sampled:
+                    self.rows.append((ids, q))
+                for rank, j in enumerate(order[: wanted[parent]].tolist()):
+                    if q[j] <= 0:
+                        break
+                    node, token = a + first[parent] + rank, int(ids[j])
+                    index[node] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(index[parent])
+                    self.scores.append(float(q[j]))
+                    self.qrow.append(len(self.rows) - 1)
+                    trail[node] = [*trail[parent], float(q[j])]
+                    if budget.stop is None or not budget.stop(trail[node]):
+                        texts[node] = [*texts[parent], token]
+
+    def draw(
+        self, level: int, slots: list[int], orders: list[int]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For every slot: token ids [k], q [k], and the places in draw order [k]."""
+        ids, q = self.grams.ids[slots], self.grams.probs[slots]
+        view, base = self.view, len(self.view.tokens)
+        if view.draw is not Draw.TOP:
+            t = max(view.params.temperature, 1e-3)
+            if t != 1:
+                q = (q / q.max(1, keepdims=True)) ** np.float32(1 / t)
+        q = q / q.sum(1, keepdims=True)
+        weight = q
+        if view.draw is Draw.NOISE:
+            weight = q / race_at(view.rng, [base + level] * len(slots), Purpose.TARGET, ids)
+        elif self.sampled:
+            salts = [(base << 16) + o for o in orders]
+            weight = q / race_at(view.rng, [base + level] * len(slots), Purpose.DRAFT, ids, salts)
+        order = np.argsort(-weight, axis=1, kind="stable")
+        return list(zip(ids, q, order, strict=True))
+
+    def tree(self) -> TokenTree:
+        q = None
+        if self.sampled and self.rows:
+            q = torch.zeros(len(self.rows), self.vocab)
+            ids = torch.from_numpy(np.stack([i for i, _ in self.rows]).astype(np.int64))
+            q.scatter_add_(1, ids, torch.from_numpy(np.stack([p for _, p in self.rows])))
+            q = q.to(self.device)
+        return TokenTree.build(
+            self.view.pending,
+            self.tokens,
+            self.parents,
+            qrow=self.qrow if q is not None else None,
+            q=q,
+            score=self.scores,
+        )

@@ -1,0 +1,52 @@
+"""Budgets that stop at a doubtful token, for drafts that are made before anybody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from foretell.core.tree import TokenTree
+
+
+def kept(
+    stop: Callable[[Sequence[float]], bool], parents: Sequence[int], scores: Sequence[float]
+) -> np.ndarray:
+    """Which nodes stay when nothing is drafted below a node where `stop` says so. [n] bool.
+
+    stop: asked with the scores from the tip down to a node, as in `Budget.stop`; the node itself
+    stays.
+    """
+    paths: dict[int, list[float]] = {-1: []}
+    open_below = {-1}
+    keep = np.zeros(len(parents), bool)
+    for i, parent in enumerate(parents):
+        if parent in open_below:
+            keep[i] = True
+            paths[i] = [*paths[parent], scores[i]]
+            if not stop(paths[i]):
+                open_below.add(i)
+    return keep
+
+
+def grown(
+    context: Sequence[int],
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    levels: np.ndarray,
+    scores: np.ndarray | None = None,
+    keep: np.ndarray | None = None,
+    stop: Callable[[Sequence[float]], bool] | None = None,
+) -> TokenTree:
+    """`TokenTree.grown` with the nodes in `keep` (None = all), with their parents, that `stop`
+    leaves."""
+    if stop is not None and scores is not None and len(tokens):
+        wanted = kept(stop, parents.tolist(), scores.tolist())
+        keep = wanted if keep is None else keep & wanted
+    if keep is not None and not keep.all():
+        index = np.cumsum(keep) - 1
+        above = parents[keep]
+        parents = np.where(above < 0, -1, index[above])
+        tokens, levels = tokens[keep], levels[keep]
+        scores = None if scores is None else scores[keep]
+    return TokenTree.grown(context, tokens, parents, levels, scores)
