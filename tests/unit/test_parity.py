@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,25 @@ from safetensors.torch import save_file
 
 from foretell.core.batch import PackedBatch, Segment, segment_of
 from foretell.core.tree import TokenTree
+from foretell.models import kernels
 from foretell.models.load import load_model
 from foretell.models.native.families import describe
+from foretell.models.native.fused import FusedModel
 from foretell.models.native.runner import NativeModel
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """The class that `load_model` has to choose."""
+    if request.param == "torch":
+        monkeypatch.setenv("FORETELL_KERNELS", "off")
+        return NativeModel
+    if kernels.load() is None:
+        pytest.skip(str(kernels.why_not()))
+    return FusedModel
+
 
 TOLERANCE = 1e-4  # of the largest logit
 SEEDS = range(4)
@@ -270,7 +285,7 @@ def random_tree(r: random.Random, context: list[int], nodes: int, vocab: int) ->
     return TokenTree.build(context, [r.randrange(3, vocab) for _ in parents], parents)
 
 
-def check_model(ours: NativeModel, theirs: Reference, r: random.Random) -> None:
+def check_model(ours: Any, theirs: Reference, r: random.Random) -> None:
     vocab = ours.spec.vocab
     ids = [r.randrange(3, vocab) for _ in range(41)]
     varies = any(rope.varies for rope in ours.arch.ropes)
@@ -351,18 +366,18 @@ def check_model(ours: NativeModel, theirs: Reference, r: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_matches_transformers(family: str, seed: int, tmp_path) -> None:
+def test_family_matches_transformers(family: str, seed: int, runner: type, tmp_path) -> None:
     r = random.Random(f"{family} {seed}")
     config_name, model_name, build = FAMILIES[family]
     config = getattr(transformers, config_name)(**build(r))
     theirs = Reference(config, getattr(transformers, model_name), seed)
     theirs.model.save_pretrained(tmp_path)
     ours = load_model(tmp_path, dtype="float32", device="cpu")
-    assert isinstance(ours, NativeModel)
+    assert type(ours) is runner
     check_model(ours, theirs, r)
 
 
-def test_gemma3_with_images_gives_its_text_part(tmp_path) -> None:
+def test_gemma3_with_images_gives_its_text_part(runner: type, tmp_path) -> None:
     r = random.Random(7)
     text = gemma3(r) | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     theirs = Reference(
@@ -444,7 +459,7 @@ def test_phi3_defaults_and_older_kinds() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gemma2"])
-def test_low_precision_stays_near(family: str, dtype: str, tmp_path) -> None:
+def test_low_precision_stays_near(family: str, dtype: str, runner: type, tmp_path) -> None:
     r = random.Random(3)
     config_name, model_name, build = FAMILIES[family]
     config = getattr(transformers, config_name)(**build(r))

@@ -1,7 +1,7 @@
 """`foretell lab`: measurements for people who choose formats, rules and machines.
 
-A subcommand is one file `cli/lab_NAME.py` with an `app` of one command, and one line in SUBCOMMANDS.
-Its module is imported when it is asked for: `foretell lab --help` loads nothing heavy.
+A subcommand is one file `cli/lab_NAME.py` with an `app` of one command, and one line in
+SUBCOMMANDS. Its module is imported when it is asked for: `foretell lab --help` loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from foretell.core.errors import InputError
 SUBCOMMANDS = {
     "forward": ("foretell.cli.lab_forward", "what a forward of the target costs by rows"),
     "quality": ("foretell.cli.lab_quality", "what a weight format costs: bits per byte, agreement"),
+    "verifiers": ("foretell.cli.lab_verifiers", "what each rule accepts, and the most it could"),
     "cache": ("foretell.cli.lab_cache", "list or clear the cache of packed weights"),
 }
 

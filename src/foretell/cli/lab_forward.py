@@ -52,12 +52,12 @@ def forward(
         raise InputError("--model and --random-shape exclude each other.")
     import torch
 
-    from foretell.lab.forward import measure
+    from foretell.lab.forward import bandwidth, measure
 
     if threads is not None:
         torch.set_num_threads(threads)
     target = _load(model, random_shape, dtype, device, quiet)
-    stream = _bandwidth() if target.device.type == "cpu" else None
+    stream = bandwidth() if target.device.type == "cpu" else None
     with progress("forwards", repeats, quiet) as done:
         report = measure(target, counts, context, repeats, done, stream)
     found = {
@@ -106,9 +106,3 @@ def _load(
         if shape is not None:
             return random_model(parse_shape(shape), dtype=dtype, device=device, progress=tell)
         return load_model(model or bundled_model(), dtype=dtype, device=device, progress=tell)
-
-
-def _bandwidth():  # a closure over a large buffer
-    from foretell.lab.forward import torch_bandwidth
-
-    return torch_bandwidth()

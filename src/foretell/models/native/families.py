@@ -355,8 +355,6 @@ def describe(config: Config) -> tuple[Arch, Names]:
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise _unsupported(config, f"model_type '{kind}'")
-    if config.get("quantization_config"):
-        raise _unsupported(config, "a quantised checkpoint")
     build, names = FAMILIES[kind]
     arch = build(config)
     if arch.heads % arch.kv_heads:

@@ -19,8 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretell.models.native.arch import Arch, LayerArch
+from foretell.models.native.exact import make_exact_norm, normed
 from foretell.models.native.families import Names
+from foretell.models.native.integer import QWeight
 from foretell.models.native.weights import Source
+from foretell.models.quant.checkpoints import integers
+from foretell.models.quant.formats import QTensor, WeightFormat, stack
 
 BLOCK = 1 << 21  # numbers converted at a time: bounds the memory that loading needs on top
 Norm = Callable[[Tensor], Tensor]
@@ -56,10 +60,10 @@ class Layer:
     mlp_norm: Any
     mlp_post: Any
     qk_norm: Callable[[Tensor], None] | None  # in place on qkv [T, (Hq + 2 Hkv) D]
-    qkv: Tensor  # [H, (Hq + 2 Hkv) D]
-    o: Tensor  # [Hq D, H]
-    gate_up: Tensor  # [H, 2 F], or [H, F] where the MLP has no gate
-    down: Tensor  # [F, H]
+    qkv: Any  # [H, (Hq + 2 Hkv) D]; the four are Tensors, or QWeights of that shape
+    o: Any  # [Hq D, H]; a QWeight's inputs keep the checkpoint's order of heads
+    gate_up: Any  # [H, 2 F], or [H, F] where the MLP has no gate
+    down: Any  # [F, H]
     qkv_bias: Tensor | None
     o_bias: Tensor | None
     gate_up_bias: Tensor | None
@@ -76,9 +80,13 @@ class Assembler:
         source: Source,
         dtype: torch.dtype,
         device: torch.device,
+        form: WeightFormat | None = None,
+        exact: bool = False,
     ) -> None:
+        """dtype: of floats; form: of matrices that are to be integers; exact: norms whose rows come
+        out the same in any company."""
         self.arch, self.names, self.source = arch, names, source
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.form, self.exact = dtype, device, form, exact
         embed = names.body["embed"] + ".weight"
         found = [p for p in names.prefixes if source.has(p + embed)]
         self.prefix = found[0] if found else names.prefixes[0]
@@ -88,15 +96,19 @@ class Assembler:
 
     # -- what the runner asks for
 
-    def embedding(self) -> tuple[Tensor, Tensor]:
-        """(embedding [V, H], head [H, V]); when tied they share their memory."""
+    def embedding(self) -> tuple[Tensor, Any]:
+        """(embedding [V, H], head [H, V]); when tied they share their memory, unless the head is
+        quantised."""
         a = self.arch
         stored = self._stored("embed", None, (a.vocab, a.hidden))
+        if self.form is not None:
+            where = self._name("embed", None) if a.tied else self._head_name()
+            head = QWeight([self._integers(where + ".weight", (a.vocab, a.hidden), head=True)])
+            self.source.release()
+            return stored.to(self.device), head
         if not a.tied:
             head = self._empty(a.hidden, a.vocab)
-            name = next((h for h in self.names.heads if self.source.has(h + ".weight")), None)
-            name = (name or self.names.heads[0]) + ".weight"
-            self._fill(head, self.source.get(name, (a.vocab, a.hidden)))
+            self._fill(head, self.source.get(self._head_name() + ".weight", (a.vocab, a.hidden)))
             if stored.dtype == self.dtype and stored.device == self.device:
                 return stored, head  # the mapping itself: only rows that are used are ever read
             embed = torch.empty(a.vocab, a.hidden, dtype=self.dtype, device=self.device)
@@ -130,14 +142,11 @@ class Assembler:
         }
         sizes = {"q": q_rows, "k": k_rows, "v": k_rows}
         w.qkv, w.qkv_bias = self._stack(index, sizes, orders, a.qkv_bias)
-        w.o = self._empty(q_rows, a.hidden)
-        stored = self._stored("o", index, (a.hidden, q_rows))
-        self._fill(w.o, stored, columns=self.o_order)
+        w.o = self._matrix("o", index, (a.hidden, q_rows), self.o_order)
         w.o_bias = self._bias("o", index, a.hidden) if a.o_bias else None
         parts = {"gate": a.ffn, "up": a.ffn} if a.gated else {"up": a.ffn}
         w.gate_up, w.gate_up_bias = self._stack(index, parts, {}, a.mlp_bias)
-        w.down = self._empty(a.ffn, a.hidden)
-        self._fill(w.down, self._stored("down", index, (a.hidden, a.ffn)))
+        w.down = self._matrix("down", index, (a.hidden, a.ffn))
         w.down_bias = self._bias("down", index, a.hidden) if a.mlp_bias else None
         w.attn_norm = self._norm("attn_norm", index) if a.pre_norm else None
         w.mlp_norm = self._norm("mlp_norm", index) if a.pre_norm else None
@@ -158,6 +167,34 @@ class Assembler:
         if self.names.transposed and layer is not None:
             return self.source.get(name, shape[::-1]).t()
         return self.source.get(name, shape)
+
+    def _head_name(self) -> str:
+        found = next((h for h in self.names.heads if self.source.has(h + ".weight")), None)
+        return found or self.names.heads[0]
+
+    def _matrix(
+        self, role: str, layer: int, shape: tuple[int, int], columns: Tensor | None = None
+    ) -> Any:
+        """One matrix [out, in] as the runner wants it. columns: order of a float matrix's inputs;
+        an integer one keeps the stored order, which its groups follow."""
+        if self.form is not None:
+            name = self._name(role, layer) + ".weight"
+            return QWeight([self._integers(name, shape, self._turned(layer))])
+        out = self._empty(shape[1], shape[0])
+        self._fill(out, self._stored(role, layer, shape), columns=columns)
+        return out
+
+    def _turned(self, layer: int | None) -> bool:
+        return self.names.transposed and layer is not None
+
+    def _integers(
+        self, name: str, shape: tuple[int, int], turned: bool = False, head: bool = False
+    ) -> QTensor:
+        """A matrix [out, in] as integers: those of the checkpoint, or its floats quantised."""
+        assert self.form is not None
+        found = integers(self.source, name, shape, self.form, transposed=turned, head=head)
+        self.source.release()
+        return found.to(self.device)
 
     def _bias(self, role: str, layer: int, size: int) -> Tensor:
         stored = self.source.get(self._name(role, layer) + ".bias", (size,))
@@ -191,12 +228,14 @@ class Assembler:
         sizes: dict[str, int],
         orders: dict[str, Tensor | None],
         bias: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Any, Tensor | None]:
         """Several products of the same input as one: [H, sum of sizes] and its bias."""
         total, hidden = sum(sizes.values()), self.arch.hidden
-        out = self._empty(hidden, total)
-        biases = []
         fused = "qkv" if "q" in sizes else "gate_up"
+        biases = self._biases(layer, sizes, orders, fused) if bias else None
+        if self.form is not None:
+            return self._stack_integers(layer, sizes, orders, fused), biases
+        out = self._empty(hidden, total)
         whole = self._stored(fused, layer, (total, hidden)) if self._fused(fused) else None
         at = 0
         for role, size in sizes.items():
@@ -205,15 +244,43 @@ class Assembler:
             else:
                 stored = self._part(whole, role, at, size)
             self._fill(out[:, at : at + size], stored, orders.get(role))
-            if bias:
-                if whole is None:
-                    b = self._bias(role, layer, size)
-                else:
-                    b = self._part(self._bias(fused, layer, total), role, at, size)
-                order = orders.get(role)
-                biases.append(b if order is None else b[order.to(b.device)])
             at += size
-        return out, torch.cat(biases) if bias else None
+        return out, biases
+
+    def _biases(
+        self, layer: int, sizes: dict[str, int], orders: dict[str, Tensor | None], fused: str
+    ) -> Tensor:
+        """The biases of a stack."""
+        total, found, at = sum(sizes.values()), [], 0
+        whole = self._bias(fused, layer, total) if self._fused(fused) else None
+        for role, size in sizes.items():
+            b = self._bias(role, layer, size) if whole is None else whole
+            b = b if whole is None else self._part(b, role, at, size)
+            order = orders.get(role)
+            found.append(b if order is None else b[order.to(b.device)])
+            at += size
+        return torch.cat(found)
+
+    def _stack_integers(
+        self, layer: int, sizes: dict[str, int], orders: dict[str, Tensor | None], fused: str
+    ) -> QWeight:
+        total, hidden = sum(sizes.values()), self.arch.hidden
+        turned, whole, at = self._turned(layer), None, 0
+        if self._fused(fused):
+            name = self._name(fused, layer) + ".weight"
+            whole = self._integers(name, (total, hidden), turned)
+        parts = []
+        for role, size in sizes.items():
+            if whole is None:
+                name = self._name(role, layer) + ".weight"
+                part = self._integers(name, (size, hidden), turned)
+            else:
+                part = whole.rows(self._part(torch.arange(total), role, at, size).to(self.device))
+            order = orders.get(role)
+            parts.append(part if order is None else part.rows(order.to(self.device)))
+            at += size
+        alike = len({p.group for p in parts}) == 1
+        return QWeight([stack(parts)] if alike else parts)
 
     def _fused(self, role: str) -> bool:
         return role in self.names.body
@@ -233,6 +300,8 @@ class Assembler:
         bias = None
         if self.arch.norm_bias:
             bias = self.source.get(name + ".bias", size).to(self.device, self.dtype, copy=True)
+        if self.exact:
+            return make_exact_norm(self.arch.norm, weight, bias, self.arch.eps, self.dtype)
         return make_norm(self.arch, weight, bias, self.dtype)
 
     def _qk_norm(self, layer: int, orders: dict[str, Tensor | None]) -> Callable[[Tensor], None]:
@@ -247,7 +316,7 @@ class Assembler:
             w = w.repeat(heads) if per_head else w
             order = orders[role]
             weights.append(w if order is None else w[order.to(w.device)])
-        return make_qk_norm(a, weights[0], weights[1], self.dtype)
+        return make_qk_norm(a, weights[0], weights[1], self.dtype, self.exact)
 
 
 def _orders(a: Arch) -> tuple[dict[bool, Tensor], dict[bool, Tensor | None], Tensor | None]:
@@ -296,11 +365,25 @@ def make_norm(a: Arch, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     return lambda x: F.rms_norm(x, size, w, eps)
 
 
-def make_qk_norm(a: Arch, q: Tensor, k: Tensor, dtype: torch.dtype) -> Callable[[Tensor], None]:
+def make_qk_norm(
+    a: Arch, q: Tensor, k: Tensor, dtype: torch.dtype, exact: bool = False
+) -> Callable[[Tensor], None]:
     """In place on qkv [T, (Hq + 2 Hkv) D]. q, k: float32 weights of the full widths."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     nq, nk, d, eps = len(q), len(k), a.head_dim, a.eps
     weight = torch.cat([q, k]).to(wide)
+    if exact:
+        widths = [d] * ((nq + nk) // d) if a.qk_norm == "head" else [nq, nk]
+
+        def one_by_one(qkv: Tensor) -> None:
+            part = qkv[:, : nq + nk]
+            if a.qk_norm == "head":
+                x = normed(part.to(wide).reshape(-1, d), eps).view(len(qkv), -1)
+            else:
+                x = torch.cat([normed(p, eps) for p in part.to(wide).split(widths, 1)], 1)
+            part.copy_(x.mul_(weight))
+
+        return one_by_one
     if a.qk_norm == "head":
 
         def per_head(qkv: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from foretell.core.batch import PackedBatch, Segment
 from foretell.models.cache.contiguous import ContiguousCache, ContiguousTxn
 from foretell.models.native.arch import Arch, Rope
+from foretell.models.native.exact import Walk
 
 MERGED = 64  # most query rows a key/value head for which its group is one matrix
 
@@ -31,14 +32,16 @@ class Reads:
 class SeqPlan:
     """One sequence of a forward."""
 
-    __slots__ = ("begin", "end", "merged", "pairs", "reads", "rows")
+    __slots__ = ("begin", "end", "layers", "merged", "pairs", "reads", "rows", "walk")
 
     begin: int  # packed rows begin..end
     end: int
     merged: bool  # the group of a key/value head is one matrix
     rows: Sequence[Tensor]  # per layer: where k and v are written [N, 2, Hkv, D]
     pairs: Any  # Sequence[Tensor] | None: the same as complex numbers [N, 2 Hkv, D / 2]
-    reads: list[Reads]  # by window
+    reads: list[Reads]  # by window; empty where rows are attended one by one
+    layers: Sequence[Tensor]  # per layer: the cache [capacity, 2, Hkv, D]
+    walk: Walk | None  # how rows are attended one by one
 
 
 class Plan:
@@ -97,8 +100,11 @@ class Planner:
         windows: Sequence[int | None],
         dtype: torch.dtype,
         device: torch.device,
+        exact: bool = False,
     ) -> None:
+        """exact: attention takes each row on its own (`Walk`)."""
         self.arch, self.windows, self.dtype, self.device = arch, windows, dtype, device
+        self.exact = exact
         double = dtype == torch.float64
         self.turns = [Turns(rope, arch.head_dim, device, double) for rope in arch.ropes]
 
@@ -147,8 +153,18 @@ class Planner:
         plan.pairs = None
         if cache.pairs is not None:
             plan.pairs = cache.pairs[:, used : used + n].flatten(2, 3).unbind(0)
-        plan.reads = [self._reads(segment, cache, plan.merged, w) for w in self.windows]
+        plan.layers, plan.walk, plan.reads = cache.kv.unbind(0), None, []
+        if self.exact:
+            self._check_ancestors(segment, cache)
+            plan.walk = Walk(segment, cache, self.windows)
+        else:
+            plan.reads = [self._reads(segment, cache, plan.merged, w) for w in self.windows]
         return plan
+
+    def _check_ancestors(self, segment: Segment, cache: ContiguousCache) -> None:
+        n, width = len(segment), cache.used - cache.n + len(segment)
+        if segment.ancestors is not None and segment.ancestors.shape != (n, width):
+            raise ValueError(f"ancestors are {segment.ancestors.shape}, the rows want {(n, width)}")
 
     def _reads(
         self, segment: Segment, cache: ContiguousCache, merged: bool, window: int | None
@@ -178,9 +194,8 @@ class Planner:
         n, used, committed = len(segment), cache.used, cache.n
         width = used - committed + n
         if segment.ancestors is not None:
+            self._check_ancestors(segment, cache)
             hidden = ~segment.ancestors
-            if hidden.shape != (n, width):
-                raise ValueError(f"ancestors are {hidden.shape}, the rows want {(n, width)}")
         elif n <= 1:
             hidden = np.zeros((n, width), bool)
         else:

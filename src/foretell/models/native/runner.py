@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,15 @@ from foretell.core.feedback import Tap
 from foretell.core.protocols import Caps, ModelSpec
 from foretell.models.cache.contiguous import ContiguousCache, ContiguousTxn
 from foretell.models.native.arch import Arch
+from foretell.models.native.exact import PIECE, FloatRows, in_pieces
 from foretell.models.native.families import LLAMA_NAMES, Names, describe
+from foretell.models.native.integer import IntegerProducts
 from foretell.models.native.layers import Assembler, Layer
 from foretell.models.native.plan import Plan, Planner, SeqPlan
 from foretell.models.native.products import products
-from foretell.models.native.weights import Checkpoint, RandomSource, Source, read_config
+from foretell.models.native.weights import RandomSource, Source, read_config
+from foretell.models.quant.checkpoints import open_checkpoint
+from foretell.models.quant.formats import WeightFormat
 
 Progress = Callable[[float, str], None]
 
@@ -46,7 +51,9 @@ class NativeModel:
     """A `TargetModel` with `LayerAccess`, run by stock torch operations.
 
     Float results depend in their last bits on how many rows a forward has (the library picks
-    another kernel); attention always reduces keys in path order.
+    another kernel); attention always reduces keys in path order. On a CPU with quantised weights,
+    and with floats when `deterministic` is set, a row's results are the same to the last bit in any
+    batch (exact.py), which costs attention one call a row.
     """
 
     def __init__(
@@ -54,17 +61,25 @@ class NativeModel:
         arch: Arch,
         names: Names,
         source: Source,
-        dtype: torch.dtype,
+        dtype: torch.dtype | WeightFormat,
         device: torch.device | str = "cpu",
         name: str = "",
         progress: Progress | None = None,
+        deterministic: bool = False,
     ) -> None:
+        """dtype: of weights and activations, or a format of quantised weights, whose activations
+        are float32 between products. InputError when `deterministic` cannot be kept."""
         device = torch.device(device)
-        self.arch, self.dtype, self.device = arch, dtype, device
-        self.mm, self.addmm_ = products(dtype, device)
+        if deterministic and device.type != "cpu":
+            raise InputError("Results that do not depend on the batch need a CPU: use device cpu.")
+        form = dtype if isinstance(dtype, WeightFormat) else None
+        dtype = torch.float32 if isinstance(dtype, WeightFormat) else dtype
+        self.arch, self.dtype, self.device, self.format = arch, dtype, device, form
+        self.exact = device.type == "cpu" and (deterministic or form is not None)
         count = len(arch.layers)
         with torch.inference_mode():
-            parts = Assembler(arch, names, source, dtype, device)
+            self.mm, self.addmm_ = self._products()
+            parts = Assembler(arch, names, source, dtype, device, form, self.exact)
             self.embedding, self.head = parts.embedding()
             self.positions = parts.positions()
             self.final_norm = parts.final_norm()
@@ -73,8 +88,11 @@ class NativeModel:
                 self.layers.append(parts.layer(i, shape))
                 if progress is not None:
                     progress((i + 1) / count, f"layer {i + 1} of {count}")
-        self.planner = Planner(arch, parts.kinds, dtype, device)
-        self.activation = _activation(arch.act)
+            self._settle()
+        self.planner = Planner(arch, parts.kinds, dtype, device, self.exact)
+        self.activation, self.tanh = _activation(arch.act), torch.tanh_
+        if self.exact:
+            self.activation, self.tanh = in_pieces(self.activation), in_pieces(torch.tanh)
         self.scale, self.groups = arch.scale, arch.groups
         self.block = self._choose_block()
         row = 2 * arch.kv_heads * arch.head_dim * dtype.itemsize * count
@@ -86,35 +104,59 @@ class NativeModel:
             caps=Caps(layer_access=True),
             name=name or arch.family,
             row_bytes=row,
-            weight_bytes=(arch.parameters - (0 if arch.tied else arch.vocab * arch.hidden))
-            * dtype.itemsize,
+            weight_bytes=sum(w.nbytes for w in self._matrices()),
         )
+
+    def _products(self) -> tuple[Any, Any]:
+        """(x @ w, acc += alpha * x @ w) for the matrices of this model."""
+        if self.format is not None:
+            found = IntegerProducts(self.device)
+        elif self.exact:
+            found = self.float_rows = FloatRows(self.dtype)
+        else:
+            return products(self.dtype, self.device)
+        return found.mm, found.addmm_
+
+    def _settle(self) -> None:
+        if self.exact and self.format is None:
+            self.float_rows.settle(self._matrices()[-5:])
+
+    def _matrices(self) -> list[Any]:
+        """What a forward with logits reads, layer by layer, the head last."""
+        each = [w for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [*each, self.head]
 
     @classmethod
     def load(
         cls,
         folder: Path,
-        dtype: torch.dtype,
+        dtype: torch.dtype | WeightFormat,
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
+        deterministic: bool = False,
     ) -> NativeModel:
         """From a checkpoint directory. InputError when it is damaged or of an unknown family."""
-        arch, names = describe(read_config(folder))
-        return cls(arch, names, Checkpoint(folder), dtype, device, folder.name, progress)
+        config = read_config(folder)
+        arch, names = describe(config)
+        source = open_checkpoint(folder, config)
+        return cls(arch, names, source, dtype, device, folder.name, progress, deterministic)
 
     @classmethod
     def random(
         cls,
         arch: Arch,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | WeightFormat = torch.float32,
         seed: int = 0,
         device: torch.device | str = "cpu",
         names: Names = LLAMA_NAMES,
         gain: float = 1.0,
+        deterministic: bool = False,
     ) -> NativeModel:
-        """Random weights straight in `dtype` (`RandomSource`); gain: spread of the logits."""
-        source = RandomSource(seed, gain, dtype)
-        return cls(arch, names, source, dtype, device, f"random-{arch.family}")
+        """Random weights straight in `dtype` (`RandomSource`; float32 ones, quantised, for a
+        format); gain: spread of the logits."""
+        floats = torch.float32 if isinstance(dtype, WeightFormat) else dtype
+        source, name = RandomSource(seed, gain, floats), f"random-{arch.family}"
+        return cls(arch, names, source, dtype, device, name, deterministic=deterministic)
 
     # -- caches
 
@@ -202,7 +244,7 @@ class NativeModel:
 
     def _lookup(self, tokens: Tensor) -> Tensor:
         if self.embedding.is_contiguous():
-            return self.embedding.index_select(0, tokens)
+            return self.embedding.index_select(0, tokens).to(self.dtype)
         return self.head.index_select(1, tokens).t().contiguous()
 
     def _input(self, batch: PackedBatch) -> Tensor:
@@ -229,7 +271,7 @@ class NativeModel:
         if a.logit_scale != 1.0:
             logits *= a.logit_scale
         if a.logit_cap is not None:
-            logits = logits.div_(a.logit_cap).tanh_().mul_(a.logit_cap)
+            logits = self.tanh(logits.div_(a.logit_cap)).mul_(a.logit_cap)
         return logits
 
     # -- one layer; which form it takes is decided once
@@ -255,19 +297,25 @@ class NativeModel:
         a = self._attention(w, w.attn_norm(x), plan)
         self.addmm_(x, a, w.o, alpha)
         if w.o_bias is not None:
-            x.add_(w.o_bias, alpha=alpha)
+            self._add(x, w.o_bias)
         self.addmm_(x, self._mlp(w, w.mlp_norm(x)), w.down, alpha)
-        return x if w.down_bias is None else x.add_(w.down_bias, alpha=alpha)
+        return x if w.down_bias is None else self._add(x, w.down_bias)
 
     def _sandwich(self, w: Layer, x: Tensor, plan: Plan) -> Tensor:
         """Norms behind attention and MLP (Gemma 2 and 3: before them as well; OLMo-2: only)."""
-        alpha = self.arch.residual_scale
         a = self._attention(w, x if w.attn_norm is None else w.attn_norm(x), plan)
         y = self._linear(a, w.o, w.o_bias)
-        x.add_(y if w.attn_post is None else w.attn_post(y), alpha=alpha)
+        self._add(x, y if w.attn_post is None else w.attn_post(y))
         m = self._mlp(w, x if w.mlp_norm is None else w.mlp_norm(x))
         y = self._linear(m, w.down, w.down_bias)
-        return x.add_(y if w.mlp_post is None else w.mlp_post(y), alpha=alpha)
+        return self._add(x, y if w.mlp_post is None else w.mlp_post(y))
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x += residual_scale * y, in place."""
+        alpha = self.arch.residual_scale
+        if self.exact and alpha != 1.0:
+            return x.add_(y * alpha)  # two roundings everywhere, not one where a loop fuses them
+        return x.add_(y, alpha=alpha)
 
     def _parallel(self, w: Layer, x: Tensor, plan: Plan) -> Tensor:
         """x + o(attention(norm x)) + down(mlp(norm' x))."""
@@ -280,7 +328,7 @@ class NativeModel:
                 x.add_(bias)
         return x
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         y = self.mm(x, weight)
         return y if bias is None else y.add_(bias)
 
@@ -295,12 +343,25 @@ class NativeModel:
     # -- attention
 
     def _attention(self, w: Layer, x: Tensor, plan: Plan) -> Tensor:
-        """[T, H] -> [T, Hq D] with heads ordered (group, kv head); writes k and v."""
+        """[T, H] -> [T, Hq D] with heads ordered as w.o's inputs: (group, kv head), or as stored
+        where it is quantised; writes k and v."""
         a = self.arch
         qkv = self._linear(x, w.qkv, w.qkv_bias)
         if w.qk_norm is not None:
             w.qk_norm(qkv)
-        q = self._turn_and_write(w, qkv, plan)
+        out = self._attend_all(w, self._turn_and_write(w, qkv, plan), plan)
+        if self.format is not None and self.groups > 1:
+            out = (
+                out.view(-1, self.groups, a.kv_heads, a.head_dim).transpose(1, 2).reshape(out.shape)
+            )
+        return out
+
+    def _attend_all(self, w: Layer, q: Tensor, plan: Plan) -> Tensor:
+        """q of T Hq D numbers -> [T, Hq D], heads ordered (group, kv head)."""
+        a = self.arch
+        if self.exact:
+            found = [o for seq in plan.seqs for o in self._attend_rows(w, q, seq)]
+            return torch.cat(found) if found else q.new_empty(0, a.heads * a.head_dim)
         if len(plan.seqs) == 1:
             return self._attend(w, q, plan.seqs[0])
         out = q.new_empty(plan.rows, a.heads * a.head_dim)
@@ -318,6 +379,8 @@ class NativeModel:
                 s.rows[w.index].copy_(qkv[s.begin : s.end, h * d :].view(-1, 2, kv, d))
             return qkv[:, : h * d]
         of_q, of_kv = plan.turns[w.rope]
+        if self.exact:
+            return self._turn_in_pieces(w, qkv, plan)
         if plan.seqs[0].pairs is not None:  # float32 and float64: straight into the cache
             pairs = torch.view_as_complex(qkv.view(t, -1, d // 2, 2))
             qs, kvs = pairs.split((h, 2 * kv), 1)
@@ -334,6 +397,39 @@ class NativeModel:
         for s in plan.seqs:
             s.rows[w.index].copy_(wide[s.begin : s.end, h * d :].view(-1, 2, kv, d))
         return wide[:, : h * d].to(qkv.dtype)
+
+    def _turn_in_pieces(self, w: Layer, qkv: Tensor, plan: Plan) -> Tensor:
+        """As `_turn_and_write`, so many rows at a time that no thread cuts a row in two."""
+        a = self.arch
+        h, kv, d = a.heads, a.kv_heads, a.head_dim
+        assert w.rope is not None
+        of_q, of_kv = plan.turns[w.rope]
+        wide = qkv if qkv.dtype == torch.float64 else qkv.float()
+        pairs = torch.view_as_complex(wide.view(len(qkv), h + 2 * kv, d // 2, 2))
+        q, step = torch.empty_like(pairs[:, :h]), max(1, PIECE // (h * d))
+        for s in plan.seqs:
+            rows = s.rows[w.index]
+            for at in range(s.begin, s.end, step):
+                part = slice(at, min(at + step, s.end))
+                torch.mul(pairs[part, :h], of_q[part], out=q[part])
+                turned = torch.view_as_real(pairs[part, h:] * of_kv[part])
+                rows[at - s.begin : part.stop - s.begin].copy_(turned.view(-1, 2, kv, d))
+        return torch.view_as_real(q).to(qkv.dtype)
+
+    def _attend_rows(self, w: Layer, q: Tensor, seq: SeqPlan) -> list[Tensor]:
+        """One sequence, row by row: a list of [1, Hq D]."""
+        a, walk = self.arch, seq.walk
+        if seq.end == seq.begin:
+            return []
+        assert walk is not None
+        q = q[seq.begin : seq.end].reshape(-1, self.groups, a.kv_heads, a.head_dim).transpose(1, 2)
+        found = walk.attend(seq.layers[w.index], w.kind, q, self._one_row)
+        return [o.transpose(1, 2).reshape(1, -1) for o in found]
+
+    def _one_row(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.arch.attn_cap is not None:
+            return self._capped(q, k, v, None, False)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
     def _attend(self, w: Layer, q: Tensor, seq: SeqPlan) -> Tensor:
         """One sequence: q (N Hq D numbers) against its keys -> [N, Hq D]."""
@@ -361,7 +457,7 @@ class NativeModel:
         a = self.arch
         assert a.attn_cap is not None
         scores = torch.matmul(q, k.transpose(-1, -2))
-        scores = scores.mul_(a.scale / a.attn_cap).tanh_().mul_(a.attn_cap)
+        scores = self.tanh(scores.mul_(a.scale / a.attn_cap)).mul_(a.attn_cap)
         if causal:
             n, s = scores.shape[-2:]
             scores += torch.full((n, s), float("-inf"), device=q.device).triu_(s - n + 1)

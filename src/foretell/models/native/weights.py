@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foretell.core.errors import InputError
 from foretell.models.native.arch import Arch
+from foretell.models.quant.formats import QTensor
 
 _DTYPES = {
     "F64": torch.float64,
@@ -28,6 +29,11 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 _AGAIN = "download or copy the checkpoint again"
 
@@ -39,6 +45,11 @@ class Source(Protocol):
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored. InputError when it is missing or has another shape."""
+        ...
+
+    def quantised(self, name: str, shape: tuple[int, int]) -> QTensor | None:
+        """The integers of a matrix [out, in] that is stored as such, in a format of
+        quant/formats.py; None when it is stored as floats, or can only be had as floats."""
         ...
 
     def release(self) -> None:
@@ -185,25 +196,32 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self.files
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def raw(self, name: str) -> Tensor:
+        """A tensor of any dtype and shape."""
         file = self.files.get(name)
         if file is None:
             raise InputError(
                 f"{self.folder} lacks the tensor '{name}': it is incomplete, or its config.json "
                 "belongs to another model."
             )
-        tensor = file.get(name)
+        return file.get(name)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.raw(name)
         if not tensor.is_floating_point():
             raise InputError(
-                f"'{name}' in {file.path} is not stored as floating-point numbers: "
+                f"'{name}' in {self.files[name].path} is not stored as floating-point numbers: "
                 "use a checkpoint that is not quantised."
             )
         if tuple(tensor.shape) != shape:
             raise InputError(
-                f"'{name}' in {file.path} has the shape {list(tensor.shape)} where config.json "
-                f"implies {list(shape)}: the two belong to different models."
+                f"'{name}' in {self.files[name].path} has the shape {list(tensor.shape)} where "
+                f"config.json implies {list(shape)}: the two belong to different models."
             )
         return tensor
+
+    def quantised(self, name: str, shape: tuple[int, int]) -> QTensor | None:
+        return None
 
     def release(self) -> None:
         for file in set(self.files.values()):
@@ -237,6 +255,9 @@ class RandomSource:
         else:
             x = 0.05 * x + (1.0 if "norm" in name and not name.endswith("bias") else 0.0)
         return x.to(self.dtype)
+
+    def quantised(self, name: str, shape: tuple[int, int]) -> QTensor | None:
+        return None
 
     def release(self) -> None:
         """Nothing is mapped."""

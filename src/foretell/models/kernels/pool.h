@@ -1,0 +1,37 @@
+// A team of threads that run one function together.
+//
+//   pool_run(threads, fn, arg)   the caller is rank 0; workers sleep between calls (after a short
+//                                spin) and are shared by everybody in the process.
+// Rules: one team at a time (a second caller waits for the first, so two requests never put more
+// threads on the machine than there are processors); `threads` <= 1, or a call from inside a
+// running team, runs on the calling thread alone and waits for nobody; a child of fork() starts a
+// team of its own. No thread is pinned: with one NUMA node pinning only stops the kernel from
+// moving us away from a busy processor, and with several the panels would have to be placed first.
+#pragma once
+#include <stdint.h>
+
+namespace ft {
+
+struct TeamShared;
+
+struct Team {  // handed to the function on every thread
+  int rank, size;
+  TeamShared* shared;
+  // All threads meet. Everything written before is seen by everybody after. Spins for some tens of
+  // microseconds, then sleeps.
+  void barrier();
+  // Dynamic work sharing: [0, total) is handed out in pieces of `grain`; false when exhausted.
+  // One such loop (any number of calls, same total and grain) between two barriers; the barrier
+  // starts the next one at 0.
+  bool next(int64_t total, int64_t grain, int64_t* begin, int64_t* end);
+};
+
+// The number of threads that take part is min(threads, max_threads(), 255).
+void pool_run(int threads, void (*fn)(Team&, void*), void* arg);
+
+int max_threads();      // processors this process may run on
+int default_threads();  // one per allowed core (not per hyper-thread), within the cgroup's quota
+int threads();          // what `threads = 0` stands for in the C ABI: ft_set_threads, else default
+void set_threads(int n);
+
+}  // namespace ft

@@ -1,0 +1,150 @@
+// INT8: exact integer sums over k; weights are unsigned bytes (w + 128), activations signed.
+#include "product.h"
+
+namespace ft {
+namespace {
+
+#if defined(FT_AVX512)
+constexpr int HEIGHT = 8;
+#elif defined(FT_AVX2)
+constexpr int HEIGHT = 2;
+#else
+constexpr int HEIGHT = 1;
+#endif
+
+FT_INLINE int32_t four(const int8_t* q) {  // four activations as one word
+  int32_t v;
+  memcpy(&v, q, 4);
+  return v;
+}
+
+#if defined(FT_AVX512)
+typedef v16u Weights;  // 16 outputs x 4 inputs
+FT_INLINE Weights weights(const uint8_t* p) { return load_u(p); }
+// acc[c] += sum over 4 inputs of w[c][i] * a[i]; vpdpbusd does not saturate
+FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
+  return (v16i)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
+}
+// What unsigned weights add to every output of a row
+FT_INLINE v16i offset(int32_t row_sum) { return splat_i(-128 * row_sum); }
+#elif defined(FT_AVX2)
+// vpmaddubsw saturates at 16 bits: 255 * 127 * 2 does not fit, 128 * 127 * 2 does. So multiply
+// |w| <= 128 (unsigned) by a with the sign of w.
+struct Weights {
+  __m256i w[2], size[2];
+};
+FT_INLINE Weights weights(const uint8_t* p) {
+  Weights r;
+  for (int i = 0; i < 2; ++i) {
+    r.w[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p + i), _mm256_set1_epi8(-128));
+    r.size[i] = _mm256_abs_epi8(r.w[i]);
+  }
+  return r;
+}
+FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
+  union U {
+    v16i v;
+    __m256i h[2];
+  } u{acc};
+  const __m256i b = _mm256_set1_epi32(a);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.size[i], _mm256_sign_epi8(b, w.w[i]));
+    u.h[i] = _mm256_add_epi32(u.h[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  return u.v;
+}
+FT_INLINE v16i offset(int32_t) { return splat_i(0); }
+#else
+struct Weights {
+  v16i w[4];  // input i of 16 outputs
+};
+FT_INLINE Weights weights(const uint8_t* p) {
+  const v16u v = load_u(p);
+  Weights r;
+  for (int i = 0; i < 4; ++i) r.w[i] = (v16i)((v >> (8 * i)) & 255);
+  return r;
+}
+FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
+  for (int i = 0; i < 4; ++i) acc += w.w[i] * (int32_t)(int8_t)((uint32_t)a >> (8 * i));
+  return acc;
+}
+FT_INLINE v16i offset(int32_t row_sum) { return splat_i(-128 * row_sum); }
+#endif
+
+// Of one row, again for every panel: as vectors it costs next to nothing
+FT_INLINE int32_t total(const int32_t* sums, int64_t blocks) {
+  v16i all = splat_i(0);
+  int64_t b = 0;
+  for (; b + LANES <= blocks; b += LANES) all += (v16i)load_u(sums + b);
+  int32_t parts[LANES];
+  memcpy(parts, &all, 64);
+  int32_t s = 0;
+  for (int i = 0; i < LANES; ++i) s += parts[i];
+  for (; b < blocks; ++b) s += sums[b];
+  return s;
+}
+
+struct Tile {
+  const Matrix& m;
+  const uint8_t* panel;
+  const Rows& rows;
+  const Out& out;
+
+  __attribute__((noinline)) void finish(int64_t row, int count, const int32_t* dots) const {
+    const float* scale = (const float*)(panel + m.kp * PANEL);
+    alignas(64) float y[HEIGHT * PANEL];
+    for (int r = 0; r < count; ++r)
+      for (int at = 0; at < PANEL; at += LANES) {
+        const v16 s = splat(rows.scale[row + r]) * load(scale + at);
+        store(y + r * PANEL + at, to_float((v16i)load_u(dots + r * PANEL + at)) * s);
+      }
+    deliver(out, row, count, y);
+  }
+
+  template <int R, bool STREAM>
+  FT_INLINE void sum(v16i (&acc)[R][2], const int8_t* q) const {
+    const uint8_t* p = panel;
+    const int64_t ldq = rows.ldq;
+    for (int64_t i = 0; i < m.kp; i += 4, p += 4 * PANEL) {
+      if (STREAM) {
+        prefetch(p + FT_AHEAD);
+        prefetch(p + FT_AHEAD + 64);
+      }
+      const Weights w0 = weights(p), w1 = weights(p + 64);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const int32_t a = four(q + r * ldq + i);
+        acc[r][0] = dot(acc[r][0], w0, a);
+        acc[r][1] = dot(acc[r][1], w1, a);
+      }
+    }
+  }
+
+  template <int R>
+  FT_INLINE void run(int64_t row, bool stream) const {
+    v16i acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = acc[r][1] = offset(total(rows.sums + (row + r) * rows.lds, m.kp / BLOCK));
+    }
+    if (stream)
+      sum<R, true>(acc, rows.q + row * rows.ldq);
+    else
+      sum<R, false>(acc, rows.q + row * rows.ldq);
+    alignas(64) int32_t dots[R * PANEL];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      memcpy(dots + r * PANEL, &acc[r][0], 64);
+      memcpy(dots + r * PANEL + LANES, &acc[r][1], 64);
+    }
+    finish(row, R, dots);
+  }
+};
+
+}  // namespace
+
+void panel_int8(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out) {
+  each_tile<HEIGHT>(rows.rows, Tile{m, panel, rows, out});
+}
+
+}  // namespace ft
