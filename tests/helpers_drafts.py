@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -114,6 +115,57 @@ def independent(q: Table, widths: Sequence[int]) -> Grow:
     return grow
 
 
+def repeats_dead(children: list[Child]) -> list[Child]:
+    """Repeated draws as the engine's drafters hand them over: DEAD, without a forward row."""
+    seen: set[int] = set()
+    result = []
+    for x, row, kind in children:
+        result.append((x, row, Kind.DEAD if x in seen else kind))
+        seen.add(x)
+    return result
+
+
+def iid(q: Table, widths: Sequence[int]) -> Grow:
+    """`Draw.IID`."""
+    inner = independent(q, widths)
+    return lambda branch, prefix, level: repeats_dead(inner(branch, prefix, level))
+
+
+def paths(q: Table, count: int, length: int) -> Grow:
+    """`Draw.PATHS`: `count` independent chains, merged into a trie."""
+    through: dict[Prefix, int] = {}  # chains through a prefix, as last drawn
+
+    def grow(branch: Branch, prefix: Prefix, level: int) -> list[Child]:
+        if level >= length:
+            return []
+        row, n = q(prefix), through[prefix] if level else count
+        drawn = [branch.choose(row.tolist()) for _ in range(n)]
+        for x in drawn:
+            through[(*prefix, x)] = drawn.count(x)
+        return repeats_dead([(x, row.clone(), Kind.CANDIDATE) for x in drawn])
+
+    return grow
+
+
+def top_one(q: Table, widths: Sequence[int]) -> Grow:
+    """`Draw.TOP_ONE`: one draw off the most probable tokens, then those."""
+
+    def grow(branch: Branch, prefix: Prefix, level: int) -> list[Child]:
+        if level >= len(widths):
+            return []
+        row = q(prefix)
+        best = row.topk(widths[level] - 1).indices.tolist()
+        rest = row.clone()
+        rest[best] = 0
+        children: list[Child] = [(x, None, Kind.CANDIDATE) for x in best]
+        if rest.sum() > 0:
+            rest = rest / rest.sum()
+            children.insert(0, (branch.choose(rest.tolist()), rest, Kind.CANDIDATE))
+        return children
+
+    return grow
+
+
 def mixed(q: Table, widths: Sequence[int], sampled_first: bool) -> Grow:
     """One retrieved (one-hot) child beside the sampled ones."""
     inner = sampled(q, widths)
@@ -183,5 +235,39 @@ def eagerly(grow: Grow) -> Callable[[Branch, Prefix], TokenTree]:
         tree = TokenTree.build([0], tokens, parents, qrow=qrow, q=stacked)
         tree.kind[1:] = kinds
         return tree
+
+    return draft
+
+
+def beams(q: Table, vocab: int, width: int, length: int) -> Callable[[Branch, Prefix], TokenTree]:
+    """Stochastic beam search, in its discrete form: whole sequences arrive in the order of a draw
+    without replacement; each level keeps the `width` prefixes that arrive first, in that order."""
+
+    def draft(branch: Branch, text: Prefix) -> TokenTree:
+        def mass(path: Prefix) -> float:
+            weight = 1.0
+            for i, x in enumerate(path):
+                weight *= float(q((*text, *path[:i]))[x])
+            return weight
+
+        left = list(itertools.product(range(vocab), repeat=length))
+        left = [s for s in left if mass(s) > 0]
+        levels: list[list[Prefix]] = [[] for _ in range(length)]
+        while left and any(len(kept) < width for kept in levels):
+            arrived = left.pop(branch.choose([mass(s) for s in left]))
+            for level, kept in enumerate(levels):
+                if arrived[: level + 1] not in kept and len(kept) < width:
+                    kept.append(arrived[: level + 1])
+        place: dict[Prefix, int] = {(): -1}
+        rows: dict[Prefix, int] = {}
+        tokens, parents, qrow = [], [], []
+        for kept in levels:
+            for path in kept:
+                place[path] = len(tokens)
+                tokens.append(path[-1])
+                parents.append(place[path[:-1]])
+                qrow.append(rows.setdefault(path[:-1], len(rows)))
+        stacked = torch.stack([q((*text, *path)) for path in rows])
+        return TokenTree.build([0], tokens, parents, qrow=qrow, q=stacked)
 
     return draft

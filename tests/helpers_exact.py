@@ -94,12 +94,17 @@ class TableRows:
 
     def __init__(self, p: Table, tree: TokenTree, prefix: Prefix = ()) -> None:
         self.p, self.tree, self.prefix = p, tree, prefix
+        self.deterministic = False
 
-    def probs(self, nodes: Sequence[int]) -> Tensor:
+    def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
+        assert read is None, "a table has no rows of riders"
         return torch.stack([self.p((*self.prefix, *self.tree.path_tokens(n))) for n in nodes])
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
         return self.probs(nodes).argmax(-1).tolist()
+
+    def hidden(self, tap: Hashable, nodes: Sequence[int]) -> Tensor:
+        raise AssertionError("a table has no hidden states")
 
 
 Child = tuple[int, Tensor | None, Kind]  # token, the q row it was drawn from, kind

@@ -5,6 +5,29 @@ A new method needs an entry here; `test_registry_coverage.py` says so when it is
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from foretell.drafters.tables.datastore import StoreWriter
+
+
+def _store() -> Path:
+    """A datastore over the ids 0..3 in which each follows every pair; the name is the same in every
+    process, because it becomes part of the tests' names."""
+    path = Path(tempfile.gettempdir()) / f"foretell-test-store-{os.getuid()}"
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with part.open("wb") as f:
+        writer = StoreWriter(f, 4, {})
+        writer.add(np.array([i * i * i // 7 % 4 for i in range(200)]))
+        writer.add(np.random.default_rng(0).integers(0, 5, 300))
+        writer.finish()
+    part.replace(path)
+    return path
+
+
 DRAFTERS = {
     "none": ["none"],
     "prompt-lookup": [
@@ -17,12 +40,44 @@ DRAFTERS = {
         "draft-model:tokens=2,branching=2",
         "draft-model:tokens=4,branching=3",
     ],
+    "token-recycling": ["token-recycling:nodes=12", "token-recycling:nodes=5,k=3,update=path"],
+    "suffix": ["suffix", "suffix:tokens=6,branching=3,factor=4,min_prob=0.05"],
+    "aggressive": ["aggressive"],
+    "aded": ["aded", "aded:nodes=5,depth=3,iterations=8"],
+    "stand": ["stand", "stand:nodes=4,max_ngram=2,k=3,onehot=true"],
+    "retrieval": [f"retrieval:path={_store()},min_match=1,nodes=9"],
 }
-VERIFIERS = {"greedy": ["greedy"], "replay": ["replay"], "rejection": ["rejection"]}
+VERIFIERS = {
+    "greedy": ["greedy"],
+    "replay": ["replay"],
+    "rejection": ["rejection"],
+    "specinfer": ["specinfer"],
+    "spectr": ["spectr"],
+    "greedy-draft": ["greedy-draft"],
+    "block": ["block"],
+    "multipath": ["multipath"],
+    "typical": ["typical", "typical:nucleus=0.9"],
+    "reflective": ["reflective", "reflective:weight=0"],
+    "judge": ["judge"],
+}
+LOSSLESS = ["rejection", "specinfer", "spectr", "greedy-draft", "block", "multipath"]
 POLICIES = {
     "fixed": ["fixed", "fixed:tokens=2", "fixed:nodes=3"],
     "confidence": ["confidence:threshold=0.5", "confidence:threshold=0.2,tokens=3"],
 }
+TREES = {  # trees are drafted by draft-model
+    "chain": ["tree=chain,depth=2"],
+    "k-ary": ["tree=k-ary,branching=2,tokens=2"],
+    "static": ["tree=static,paths=0/1/0.0/0.1/1.0/2/0.0.0"],
+    "sequoia": ["tree=sequoia,nodes=6,every=4"],
+    "optimal": ["tree=optimal,nodes=6,target=10/10/10/12,draft=0.5,every=4"],
+    "dyspec": ["tree=dyspec,nodes=6", "tree=dyspec,nodes=6,form=threshold,depth=3"],
+    "eagle2": ["tree=eagle2,nodes=6,width=2,depth=3"],
+    "rsd-c": ["tree=rsd-c,widths=2/2/1"],
+    "rsd-s": ["tree=rsd-s,width=2,depth=3"],
+    "specinfer": ["tree=specinfer,widths=1/3/1"],
+}
+DRAFTERS["draft-model"] += [f"draft-model:{spec}" for specs in TREES.values() for spec in specs]
 
 ALL_DRAFTERS = [spec for specs in DRAFTERS.values() for spec in specs]
 SPECULATIVE = [spec for spec in ALL_DRAFTERS if spec != "none"]

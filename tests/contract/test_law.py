@@ -18,7 +18,7 @@ import helpers_reference as reference
 import methods
 from foretell import LLM, SamplingParams
 from foretell.core.rng import Purpose, SeqRng
-from foretell.drafters import draft_model
+from foretell.drafters.trees import draw
 from foretell.engine import llm as llm_module
 from helpers_drafts import without_replacement
 from helpers_exact import Branch, outcomes, total_variation
@@ -41,8 +41,19 @@ class BranchRng:
         return self.branch.pick(p)
 
 
-def _draw_order(q, view, level, order, k):
-    return torch.tensor(without_replacement(view.rng.branch, q, k))
+def _ranked(q, view, how, levels, orders, width):
+    """`draw.ranked`, every draw branching; tokens of probability 0 fill the rows up."""
+    ids = torch.empty(len(q), min(width, q.shape[-1]), dtype=torch.int64)
+    for i, row in enumerate(q):
+        drawn = without_replacement(view.rng.branch, row, width)
+        rest = [t for t in range(len(row)) if t not in drawn]
+        ids[i] = torch.tensor([*drawn, *rest][: ids.shape[1]])
+    return ids, q.gather(-1, ids)
+
+
+def _independent(q, view, levels, orders, width):
+    """`draw.independent`, every draw branching."""
+    return torch.tensor([[view.rng.branch.pick(row) for _ in range(width)] for row in q])
 
 
 def engine_law(
@@ -52,8 +63,10 @@ def engine_law(
     vocab, grammar = options.pop("vocab", 3), options.pop("grammar", None)
     prompt = [0, 1, 2, 0, 1]
     target, context = pair(vocab, seed=options.pop("seed", 0), sharpness=1.0)
-    monkeypatch.setattr(draft_model, "draw_order", _draw_order)
-    llm = LLM(target, draft=draft, verify="rejection", context=context, **options)
+    monkeypatch.setattr(draw, "ranked", _ranked)
+    monkeypatch.setattr(draw, "independent", _independent)
+    verify = options.pop("verify", "rejection")
+    llm = LLM(target, draft=draft, verify=verify, context=context, **options)
 
     def run(branch: Branch) -> tuple[int, ...]:
         class Rng(BranchRng):

@@ -21,6 +21,7 @@ METHODS = [(kind, name) for kind in registry.BUILTIN for name in registry.BUILTI
         ("drafter", methods.DRAFTERS),
         ("verifier", methods.VERIFIERS),
         ("policy", methods.POLICIES),
+        ("tree", methods.TREES),
     ],
 )
 def test_every_registered_method_is_in_the_contract(kind: str, listed: dict) -> None:

@@ -308,7 +308,7 @@ def test_demo(run: Run, model: Path) -> None:
         (["generate", "a", "--verify", "typical"], ["typical"]),
         (["generate", "a", "--policy", "fixd"], ["did you mean 'fixed'"]),
         (["generate", "a", "--draft", "draft-model:tokens"], ["key=value"]),
-        (["generate", "a", "--dtype", "int4"], ["int4", "not available yet"]),
+        (["generate", "a", "--dtype", "int3"], ["int3", "int4-g128"]),
         (["generate", "a", "--dtype", "float8"], ["float8"]),
         (["generate", "a", "--batch", "0"], ["--batch"]),
         (["generate", "a", "--system", "b"], ["--chat"]),

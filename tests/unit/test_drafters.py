@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from foretell import SamplingParams
 from foretell.core.protocols import Budget, Draw, SeqView
 from foretell.core.rng import Purpose, SeqRng
-from foretell.drafters import draft_model
-from foretell.drafters.draft_model import DraftModel, draw_order
+from foretell.drafters import own_model
+from foretell.drafters.draft_model import DraftModel
 from foretell.drafters.ngram import PromptLookup
+from foretell.drafters.trees.draw import ranked
 from helpers_model import TableModel
 
 BUDGET = Budget(100, 100)
@@ -168,7 +169,7 @@ def test_replay_drafts_use_the_targets_own_noise() -> None:
 def test_draw_order_takes_what_q_allows() -> None:
     q = torch.tensor([0.0, 0.6, 0.0, 0.4])
     view = view_of([1], 1, Draw.SAMPLE)
-    assert set(draw_order(q, view, 0, 0, 2).tolist()) == {1, 3}
+    assert set(ranked(q[None], view, Draw.SAMPLE, [0], [0], 2)[0][0].tolist()) == {1, 3}
     drafter = DraftModel(TableModel(), 11, 1, 11)
 
     def warp(logits, paths):
@@ -227,7 +228,7 @@ def test_long_texts_are_caught_up_in_chunks(monkeypatch) -> None:
     view = view_of([i % 11 for i in range(23)], 23)
     trees = []
     for chunk in (100, 4):
-        monkeypatch.setattr(draft_model, "CHUNK", chunk)
+        monkeypatch.setattr(own_model, "CHUNK", chunk)
         drafter = DraftModel(model, 11, 2, 1)
         state = drafter.begin(view)
         model.widest = 0
@@ -237,12 +238,16 @@ def test_long_texts_are_caught_up_in_chunks(monkeypatch) -> None:
     assert drafted(trees[0]) == drafted(trees[1])
 
 
+def three(q: torch.Tensor, view: SeqView, level: int, order: int) -> list[int]:
+    return ranked(q[None], view, Draw.SAMPLE, [level], [order], 3)[0][0].tolist()
+
+
 def test_noise_of_one_position_differs_from_round_to_round() -> None:
     """Whatever node of whatever draft stands for it: an earlier round may have looked at it."""
     q = torch.full((1000,), 1e-3)
     text = list(range(10))
     draws = [
-        tuple(draw_order(q, view_of(text[:base], 3, Draw.SAMPLE), 9 - base, order, 3).tolist())
+        tuple(three(q, view_of(text[:base], 3, Draw.SAMPLE), 9 - base, order))
         for base in (5, 6, 7)
         for order in (0, 1, 2)
     ]

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from foretell.cli.main import main
-from foretell.core.errors import InputError
 from foretell.lab.tune.race import Race, Run
-from foretell.lab.tune.space import PLAIN, Setting, check, space
+from foretell.lab.tune.space import PLAIN, space
 
 PROMPTS = list(range(20))
 
@@ -70,20 +69,14 @@ def test_one_lucky_prompt_is_no_proof() -> None:
     assert r.go(PROMPTS[:1]).name == PLAIN  # 5 % in one observation may be noise
 
 
-def test_settings_are_read_back_as_written() -> None:
-    for text in space(draft=True, path="some/where"):
-        assert str(Setting.parse(text)) == text
-        if text.startswith("draft-model"):
-            assert "path=some/where" in text
-    assert not [s for s in space(draft=False) if s.startswith("draft-model")]
-    assert not [s for s in space(draft=True, branching=False) if "tree=" in s]
-
-
-def test_an_unknown_setting_is_refused() -> None:
-    with pytest.raises(InputError, match="Unknown drafter"):
-        check(["prompt-lockup"])
-    with pytest.raises(InputError, match="Unknown policy"):
-        check(["none + fxied"])
+def test_the_space_is_what_is_at_hand() -> None:
+    full = space(draft=True, path="some/where")
+    assert full[0].name == PLAIN
+    drafts = [m.draft for m in full if m.draft.startswith("draft-model")]
+    assert drafts
+    assert all("path=some/where" in d for d in drafts)
+    assert not [m for m in space(draft=False) if m.draft.startswith("draft-model")]
+    assert not [m for m in space(draft=True, branching=False) if "tree=" in m.draft]
 
 
 @pytest.mark.e2e
@@ -91,7 +84,7 @@ def test_the_written_config_is_what_generate_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "tuned.json"
-    words = ["--setting", "prompt-lookup", "--budget", "20", "--max-tokens", "24", "--limit", "3"]
+    words = ["--methods", "prompt-lookup", "--budget", "20", "--max-tokens", "24", "--limit", "3"]
     assert main(["tune", *words, "--threads", "1", "--out", str(out), "--json"]) == 0
     config = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert config == json.loads(out.read_text())

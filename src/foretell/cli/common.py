@@ -46,6 +46,7 @@ def load_llm(options: ModelOptions, quiet: bool = False, **more: Any) -> LLM:
                 dtype=options.dtype,
                 device=options.device,
                 threads=options.threads or threads_for(options.model),
+                deterministic=options.deterministic,
                 max_batch=more.pop("max_batch", options.batch),
                 kv_rows=options.kv_rows,
                 **more,

@@ -22,9 +22,14 @@ COMMANDS = {
     "check": "prove on your model that speculation changes nothing",
     "demo": "plain and speculative decoding side by side",
     "tune": "find the fastest setting for a model, a machine and a workload",
+    "bench": "methods and other systems side by side, on real prompts",
     "train": "train models and drafters (`foretell train base`)",
+    "widen": "give a small model the cost of a large one, same output",
+    "export": "write a model for llama.cpp (GGUF) or OpenVINO",
+    "build-datastore": "turn text into a datastore that the retrieval drafter reads",
     "lab": "measure weight formats, rules and machines (`foretell lab quality`)",
 }
+MODULES = {"build-datastore": "datastore"}  # commands whose module is called otherwise
 OK, FAILED, USAGE, INTERNAL, INTERRUPTED, PIPE = 0, 1, 2, 3, 130, 141
 
 
@@ -103,7 +108,8 @@ def _dispatch(argv: list[str]) -> int:
         raise InputError(f"There is no command '{name}': {suggest(name, COMMANDS)}")
     import typer
 
-    command: Any = typer.main.get_command(import_module(f"foretell.cli.{name}").app)
+    module = import_module(f"foretell.cli.{MODULES.get(name, name)}")
+    command: Any = typer.main.get_command(module.app)
     raise_interrupts()
     try:
         with command.make_context(f"foretell {name}", rest) as context:

@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False)
 def methods(
     json: Annotated[bool, typer.Option("--json", help="A JSON list, on one line.")] = False,
 ) -> None:
-    """List every drafter, verification rule and length policy."""
+    """List every drafter, verification rule, length policy and token tree."""
     rows = [_row(kind, name) for kind in BUILTIN for name in names(kind)]
     if json:
         print(dumps(rows))

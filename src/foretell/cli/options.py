@@ -27,6 +27,7 @@ def opt(panel: str, help: str, *flags: str, **more: Any) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
+DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int4-g64", "int4-g128")
 MODEL, SPECULATION, SAMPLING, STOPPING = "Model", "Speculation", "Sampling", "Length and stopping"
 
 
@@ -39,10 +40,19 @@ class ModelOptions:
         opt(MODEL, "Checkpoint directory or hub id; without it the bundled model.", metavar="M"),
     ] = None
     dtype: Annotated[
-        str, opt(MODEL, "auto, float32 or bfloat16 (int8 and int4 are not available yet).")
+        str,
+        opt(MODEL, "auto, float32, bfloat16, or weights as int8, int4, int4-g64 or int4-g128."),
     ] = "auto"
     device: Annotated[str, opt(MODEL, "auto, cpu, cuda or cuda:N.")] = "auto"
     threads: Annotated[int | None, opt(MODEL, "CPU threads.")] = None
+    deterministic: Annotated[
+        bool,
+        opt(
+            MODEL,
+            "Only arithmetic whose results do not depend on the batch, to the last bit (CPU).",
+            "--deterministic",
+        ),
+    ] = False
     batch: Annotated[int, opt(MODEL, "Sequences decoded together.")] = 1
     kv_rows: Annotated[
         int | None, opt(MODEL, "Rows of the KV cache over all sequences; without it what fits.")
@@ -60,7 +70,8 @@ class ModelOptions:
         str,
         opt(
             SPECULATION,
-            "greedy, replay (both exact), rejection (lossless); auto = exact.",
+            "greedy, replay (both exact), rejection, block, ... (lossless; see foretell methods); "
+            "auto = exact.",
             metavar="NAME",
         ),
     ] = "auto"
@@ -73,10 +84,8 @@ class ModelOptions:
 
     def validate(self) -> None:
         """Everything that can be said before torch is imported and weights are read."""
-        if self.dtype in ("int8", "int4"):
-            raise InputError(f"--dtype {self.dtype} is not available yet: use float32 or bfloat16.")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"--dtype {self.dtype} is unknown: use float32 or bfloat16.")
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype} is unknown: use one of {', '.join(DTYPES)}.")
         for flag in ("batch", "threads", "kv_rows"):
             value = getattr(self, flag)
             if value is not None and value < 1:

@@ -30,9 +30,9 @@ def tune(
         Path | None, typer.Option(help="Where workload files lie; else $FORETELL_DATA.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the config here.")] = None,
-    settings: Annotated[
+    methods: Annotated[
         list[str] | None,
-        typer.Option("--setting", help="Try this (`draft` or `draft + policy`). Repeatable."),
+        typer.Option(help="Try these instead of the usual ones, as in `foretell bench`."),
     ] = None,
     draft_path: Annotated[
         str | None, typer.Option(help="A draft model; else the one beside the target.")
@@ -58,13 +58,13 @@ def tune(
     for dtype in (dtypes or model.dtype).split(","):
         one = replace(model, dtype=dtype.strip(), draft="none")
         found.append(
-            _one(one, workload, data, settings, draft_path, limit, max_tokens, budget, quiet)
+            _one(one, workload, data, methods, draft_path, limit, max_tokens, budget, quiet)
         )
     best = max(found, key=lambda t: t.report["tokens_per_s"])
     config = best.config()
     if len(found) > 1:
         config["tuned"]["dtypes"] = {
-            t.dtype: {"tokens_per_s": t.report["tokens_per_s"], "draft": str(t.setting)}
+            t.dtype: {"tokens_per_s": t.report["tokens_per_s"], "draft": t.method.name}
             for t in found
         }
     text = dumps(config)
@@ -78,7 +78,7 @@ def _one(
     model: ModelOptions,
     workload: str | None,
     data: Path | None,
-    settings: list[str] | None,
+    methods: list[str] | None,
     draft_path: str | None,
     limit: int,
     max_tokens: int,
@@ -87,12 +87,13 @@ def _one(
 ) -> Tuned:
     llm = load_llm(model, quiet)
     from foretell.core.params import SamplingParams
+    from foretell.lab.bench.methods import parse_methods
     from foretell.lab.tune import space
     from foretell.lab.tune.run import Tuner, thread_choices
 
     wanted = (
-        [space.PLAIN, *space.check(settings)]
-        if settings
+        parse_methods(methods)
+        if methods
         else space.space(
             bool(draft_path or llm.context.default_draft), llm.model.spec.caps.tree, draft_path
         )
@@ -142,7 +143,7 @@ def _describe(best: Tuned, out: Path | None) -> list[str]:
             f"{row['threads']} threads: {row['ms_1']:.2f} ms a forward of one row, "
             f"{row['ms_8']:.2f} of eight"
         )
-    choice = str(best.setting) if report["speculate"] else "do not speculate"
+    choice = best.method.name if report["speculate"] else "do not speculate"
     lines.append(f"{choice}: {report['why']} ({report['prompts']} prompts)")
     if out is not None:
         lines.append(f"Written to {out}: use it with --config {out}")

@@ -27,15 +27,16 @@ class Rows:
 
     def __getitem__(self, nodes: int | Sequence[int]) -> Tensor:
         """[X] for one node, [k, X] for several."""
-        rows = self.row[nodes]
-        if (np.asarray(rows) < 0).any():
-            raise KeyError(f"no row was computed for node {nodes}")
-        if np.ndim(rows) == 0:
-            return self.packed[int(rows)]
-        first, n = int(rows[0]), len(rows)
-        if (rows == np.arange(first, first + n)).all():
-            return self.packed[first : first + n]
-        return self.packed[rows.tolist()]
+        rows = self.row[nodes].tolist()
+        if isinstance(rows, int):
+            if rows < 0:
+                raise KeyError(f"no row was computed for node {nodes}")
+            return self.packed[rows]
+        if rows and min(rows) < 0:
+            raise KeyError(f"no row was computed for one of the nodes {nodes}")
+        if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+            return self.packed[rows[0] : rows[0] + len(rows)]
+        return self.packed[rows]
 
     def has(self, node: int) -> bool:
         return bool(self.row[node] >= 0)
@@ -78,4 +79,4 @@ class Feedback:
     tree: TokenTree
     logits: Rows
     verdict: Verdict
-    hidden: dict[Tap, Rows] = field(default_factory=dict)  # only the taps the drafter declared
+    hidden: dict[Tap, Rows] = field(default_factory=dict)  # the taps the drafter declared

@@ -38,6 +38,33 @@ class Draw(Enum):
     TOP = "top"  # the most probable tokens (greedy decoding)
     NOISE = "noise"  # argmax(q / E) with the target's own noise E of that position (replay)
     SAMPLE = "sample"  # draw from q with noise of one's own and hand the q rows over (rejection)
+    IID = "iid"  # as SAMPLE, but siblings with replacement, each with a q row of its own
+    TOP_ONE = "top-one"  # one draw and, beside it, the most probable tokens (see below)
+    PATHS = "paths"  # K independent chains, drawn as IID and merged into a trie (see below)
+
+    # How q rows tell a verifier what was drawn: siblings that share a row were drawn from it
+    # without replacement, in order; siblings with rows of their own (equal in value)
+    # independently; row -1 was not drawn at all. For k children of a node with distribution q:
+    # - SAMPLE: k draws without replacement, one shared row q.
+    # - IID: k independent draws; each node has its own row (a copy of q). A draw that repeats an
+    #   earlier sibling stays, as a DEAD node without children: it costs no forward row, and its
+    #   refusal counts.
+    # - TOP_ONE: S = the k - 1 most probable tokens. FIRST sibling: one draw from q without S,
+    #   renormalised, with that distribution as its row; then S in order, row -1 (one-hot). Where
+    #   q has no mass outside S there is no first sibling. k = 1 is SAMPLE.
+    # - PATHS: K chains of one length L, each drawn from q token by token, independently. At a node
+    #   the children are the next tokens of all chains through it, with rows as in IID; a repeated
+    #   one is DEAD as in IID, and its chain goes on below the first sibling with its token. K and
+    #   L never depend on what was drawn: L = nodes // K.
+    # For chains SAMPLE, IID, TOP_ONE and PATHS are the same. A drafter says in an optional
+    # attribute `draws: frozenset[Draw]` which it can do beyond TOP, NOISE and SAMPLE; the engine
+    # refuses a pair whose rule wants another, unless the drafter hands over no q rows (one-hot
+    # drafts fit all) or drafts nothing but chains (which it is then asked to SAMPLE).
+
+    @property
+    def from_q(self) -> bool:
+        """Whether the rule wants draws from q, q rows handed over."""
+        return self not in (Draw.TOP, Draw.NOISE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +260,19 @@ class Drafter(Protocol):
 class TargetRows(Protocol):
     """The target's processed rows of one sequence, computed when asked for."""
 
+    deterministic: bool  # temperature 0: the token after a node is `greedy` of it
+
     def greedy(self, nodes: Sequence[int]) -> list[int]:
         """Argmax of the processed logits at each node; ties go to the lowest id."""
         ...
 
-    def probs(self, nodes: Sequence[int]) -> Tensor:
-        """[k, V] float32: the distributions of the token after each node."""
+    def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
+        """[k, V] float32: the distributions of the token after each node (at temperature 0 those
+        of temperature 1). read: nodes whose logits to process in the places of `nodes`."""
+        ...
+
+    def hidden(self, tap: Tap, nodes: Sequence[int]) -> Tensor:
+        """[k, H]: hidden states of the target at `nodes`, of a tap in the rule's `needs`."""
         ...
 
 
@@ -252,7 +286,12 @@ class Draws(Protocol):
 
 class Verifier(Protocol):
     """Decides which drafted tokens stand. `position` is the absolute index of the token that the
-    tip's row predicts."""
+    tip's row predicts.
+
+    Two attributes are optional. ``needs: Needs`` names the taps whose hidden states the rule reads
+    through `TargetRows.hidden`. ``extend(tree, view, room) -> TokenTree`` adds up to `room` RIDER
+    nodes behind the nodes of a drafted tree, to be computed in the same forward.
+    """
 
     name: ClassVar[str]
     promise: ClassVar[Promise]

@@ -1,7 +1,7 @@
 """Names -> methods. One line a method; the class is imported only when it is asked for.
 
 Third parties add methods through entry points in the groups ``foretell.drafters``,
-``foretell.verifiers`` and ``foretell.policies``.
+``foretell.verifiers``, ``foretell.policies`` and ``foretell.trees``.
 """
 
 from __future__ import annotations
@@ -24,15 +24,41 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "none": "foretell.drafters.none:NoDrafter",
             "prompt-lookup": "foretell.drafters.ngram:PromptLookup",
             "draft-model": "foretell.drafters.draft_model:DraftModel",
+            "token-recycling": "foretell.drafters.recycling:TokenRecycling",
+            "suffix": "foretell.drafters.suffix:Suffix",
+            "aggressive": "foretell.drafters.aggressive:Aggressive",
+            "aded": "foretell.drafters.aded:Aded",
+            "stand": "foretell.drafters.stand:Stand",
+            "retrieval": "foretell.drafters.retrieval:Retrieval",
         },
         "verifier": {
             "greedy": "foretell.verify.greedy:Greedy",
             "replay": "foretell.verify.replay:Replay",
             "rejection": "foretell.verify.rejection:Rejection",
+            "specinfer": "foretell.verify.specinfer:SpecInfer",
+            "spectr": "foretell.verify.spectr:SpecTr",
+            "greedy-draft": "foretell.verify.greedy_draft:GreedyDraft",
+            "block": "foretell.verify.block:Block",
+            "multipath": "foretell.verify.multipath:MultiPath",
+            "typical": "foretell.verify.typical:Typical",
+            "reflective": "foretell.verify.reflective:Reflective",
+            "judge": "foretell.verify.judge:Judge",
         },
         "policy": {
             "fixed": "foretell.control.length.fixed:Fixed",
             "confidence": "foretell.control.length.confidence:Confidence",
+        },
+        "tree": {
+            "chain": "foretell.drafters.trees.chain:Chain",
+            "k-ary": "foretell.drafters.trees.k_ary:KAry",
+            "static": "foretell.drafters.trees.static:Static",
+            "sequoia": "foretell.drafters.trees.sequoia:Sequoia",
+            "optimal": "foretell.drafters.trees.optimal:Optimal",
+            "dyspec": "foretell.drafters.trees.dyspec:DySpec",
+            "eagle2": "foretell.drafters.trees.eagle2:Eagle2",
+            "rsd-c": "foretell.drafters.trees.rsd_c:RsdC",
+            "rsd-s": "foretell.drafters.trees.rsd_s:RsdS",
+            "specinfer": "foretell.drafters.trees.specinfer:SpecInfer",
         },
     }
 )
@@ -116,7 +142,8 @@ def create(kind: str, spec: str | Mapping[str, Any] | Spec, context: Any = None)
     """Build a method from its spec.
 
     Options are the keyword parameters of the class's ``build(context, **options)`` if it has one,
-    otherwise of its constructor; they are converted to the annotated types.
+    otherwise of its constructor; they are converted to the annotated types. Where it takes
+    ``**others``, unknown options are handed on as they are.
     """
     spec = Spec.parse(spec)
     cls = lookup(kind, spec.name)
@@ -129,11 +156,17 @@ def create(kind: str, spec: str | Mapping[str, Any] | Spec, context: Any = None)
 def _convert(spec: Spec, function: Any) -> dict[str, Any]:
     skip = {"self", "context"}
     hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
+    parameters = list(inspect.signature(function).parameters.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     known = [p.name for p in parameters if p.name not in skip and p.kind not in variadic]
+    open_ended = function is not object.__init__ and any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
+    )
     result = {}
     for key, value in spec.options.items():
+        if key not in known and open_ended:
+            result[key] = value
+            continue
         if key not in known:
             hint = suggest(key, known) if known else "it takes no options."
             raise InputError(f"'{spec.name}' has no option '{key}': {hint}")

@@ -19,6 +19,7 @@ from foretell.core.params import SamplingParams
 from foretell.core.protocols import (
     BuildContext,
     Constraint,
+    Draw,
     Drafter,
     LengthPolicy,
     Promise,
@@ -41,6 +42,12 @@ from foretell.models.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
 MethodSpec = str | Mapping[str, Any] | Spec
+
+_DRAWN = {
+    Draw.IID: "siblings that were drawn independently",
+    Draw.TOP_ONE: "the most probable siblings and one draw",
+    Draw.PATHS: "independently drawn chains of one length",
+}
 
 
 def bundled_model() -> Path:
@@ -127,15 +134,17 @@ class LLM:
         device: str = "auto",
         backend: str = "auto",
         threads: int | None = None,
+        deterministic: bool = False,
         progress: Callable[[float, str], None] | None = None,
         **options: Any,
     ) -> LLM:
         """Load target, tokenizer and drafter. Raises InputError with one sentence when the model,
         a method or an option is unknown or unusable.
 
-        dtype: auto, float32, bfloat16; device: auto, cpu, cuda, cuda:N; backend: auto, native,
-        hf (transformers); threads: torch's CPU threads; progress(fraction, what) is called while
-        weights are read.
+        dtype: auto, float32, bfloat16, int8, int4, int4-g64, int4-g128; device: auto, cpu, cuda,
+        cuda:N; backend: auto, native, hf (transformers); threads: torch's CPU threads;
+        deterministic: refuse a target whose logits depend in their last bits on the batch;
+        progress(fraction, what) is called while weights are read.
         """
         if threads is not None:
             if threads < 1:
@@ -143,7 +152,7 @@ class LLM:
             torch.set_num_threads(threads)
         folder = find_checkpoint(bundled_model() if model is None else str(model))
         kind: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend}
-        target = load_model(folder, progress=progress, **kind)
+        target = load_model(folder, progress=progress, deterministic=deterministic, **kind)
         tokenizer = Tokenizer.load(folder)
         tokenizer.check_vocab(target.spec.vocab)
         beside = folder / "draft"
@@ -195,6 +204,24 @@ class LLM:
                 f"'{self._sampled.name}' cannot verify what '{self.drafter.name}' drafts "
                 f"({', '.join(sorted(missing))}): choose another pair."
             )
+        if self.drafter.shapes >= {"tree", "q"} and not self._draws(self._sampled):
+            raise InputError(
+                f"'{self._sampled.name}' is a rule for {_DRAWN[self._sampled.draw]}, which "
+                f"'{self.drafter.name}' cannot draw: on its trees it would be biased, or no better "
+                "than verify=rejection; use that, or draft a chain."
+            )
+
+        drawn = self._sampled.draw if self._draws(self._sampled) else Draw.SAMPLE
+        why = getattr(self.drafter, "unsound", {}).get(drawn)
+        if why is not None:
+            raise InputError(
+                f"'{self._sampled.name}' would be biased on what '{self.drafter.name}' drafts: {why}"
+            )
+
+    def _draws(self, verifier: Verifier) -> bool:
+        """Whether the drafter can draw the way the rule wants it."""
+        usual = (Draw.TOP, Draw.NOISE, Draw.SAMPLE)
+        return verifier.draw in (*usual, *getattr(self.drafter, "draws", ()))
 
     def verifier_for(self, params: SamplingParams) -> Verifier:
         """At temperature 0 every lossless rule is the greedy walk."""
@@ -346,7 +373,7 @@ class LLM:
             len(tokens),
             params,
             SeqRng(SeqRng(request.seed).fork(sample)),
-            verifier.draw,
+            verifier.draw if self._draws(verifier) else Draw.SAMPLE,
             warp=lambda logits, paths: processors.probs(logits, paths, None),
             plain=processors.plain,
         )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from foretell.control.processors import ProcessedRows
-from foretell.core.batch import PackedBatch, segment_of
+from foretell.core.batch import PackedBatch, Tap, segment_of
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback, Rows, Verdict
 from foretell.core.protocols import (
@@ -88,23 +88,24 @@ class Engine:
         t0 = perf_counter()
         trees = self._draft(turns)
         masks = [self._constrain(t.seq, tree) for t, tree in zip(turns, trees, strict=True)]
+        trees = self._extend(turns, trees)
         t1 = perf_counter()
         caches = [t.seq.cache for t in turns]
         batch = self._pack(turns, trees)
         context = sum(t.seq.rows for t in turns)
         self.scheduler.shed(batch.rows)  # drafts, too, take the place of kept rows
         with self.model.open(caches) as txn:  # type: ignore[arg-type]  # a running one has a cache
-            out = self.model.forward(batch, txn, self.drafter.needs.taps)
+            out = self.model.forward(batch, txn, self._taps(turns))
             t2 = perf_counter()
             rows = [_rows(batch, i, tree) for i, tree in enumerate(trees)]
             verdicts, feedback, events = [], [], []
             for i, (turn, tree) in enumerate(zip(turns, trees, strict=True)):
                 logits = Rows(out.logits, rows[i][1])
-                verdict = self._verify(turn, tree, logits, masks[i])
+                hidden = {k: Rows(h, rows[i][0]) for k, h in out.hidden.items()}
+                verdict = self._verify(turn, tree, logits, masks[i], hidden)
                 verdicts.append(verdict)
                 events.append(self._emit(turn.seq, tree, verdict, logits))
                 path = [*range(tree.n_context), *verdict.path]
-                hidden = {k: Rows(h, rows[i][0]) for k, h in out.hidden.items()}
                 feedback.append(Feedback(verdict.tokens, path, tree, logits, verdict, hidden))
             txn.commit([_local(tree, f.path) for tree, f in zip(trees, feedback, strict=True)])
         t3 = perf_counter()
@@ -159,6 +160,28 @@ class Engine:
         tree.kill(~masks.legal)
         return masks
 
+    def _extend(self, turns: Seq[Turn], trees: list[TokenTree]) -> list[TokenTree]:
+        """Let rules that probe the target add riders, where there is room for them."""
+        extends = [getattr(t.seq.verifier, "extend", None) if t.decode else None for t in turns]
+        if not any(extends):
+            return trees
+        free = self.scheduler.load().free_rows - sum(map(len, trees))
+        share = max(0, free) // len(turns)
+        longer = []
+        for turn, tree, extend in zip(turns, trees, extends, strict=True):
+            deepest = turn.seq.rows + int(tree.depth.max()) + 1
+            room = min(share, self.model.spec.max_positions - deepest)
+            longer.append(tree if extend is None else extend(tree, turn.seq.view, max(0, room)))
+        return longer
+
+    def _taps(self, turns: Seq[Turn]) -> tuple[Tap, ...]:
+        """The hidden states that the drafter and the rules of this step read."""
+        wanted = dict.fromkeys(self.drafter.needs.taps)
+        for turn in turns:
+            if turn.decode and (needs := getattr(turn.seq.verifier, "needs", None)) is not None:
+                wanted.update(dict.fromkeys(needs.taps))
+        return tuple(wanted)
+
     def _pack(self, turns: Seq[Turn], trees: Seq[TokenTree]) -> PackedBatch:
         """Ask for logits only where somebody reads them."""
         segments = []
@@ -176,14 +199,19 @@ class Engine:
         return PackedBatch(segments)
 
     def _verify(
-        self, turn: Turn, tree: TokenTree, logits: Rows, masks: NodeMasks | None
+        self,
+        turn: Turn,
+        tree: TokenTree,
+        logits: Rows,
+        masks: NodeMasks | None,
+        hidden: dict[Tap, Rows],
     ) -> Verdict:
         seq = turn.seq
         if seq.params.prompt_logprobs is not None:
             self._prompt_logprobs(seq, tree, logits)
         if not turn.decode:
             return Verdict([], [])
-        p = ProcessedRows(logits, tree, seq.processors, masks)
+        p = ProcessedRows(logits, tree, seq.processors, masks, hidden)
         return seq.verifier(tree, p, seq.view.rng, len(seq.tokens))
 
     def _emit(

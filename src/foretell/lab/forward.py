@@ -127,8 +127,13 @@ def measure(
     return ForwardReport(context, seconds, read, statistics.median(streams) if streams else None)
 
 
-def torch_bandwidth(megabytes: int = 512) -> Callable[[], float]:
-    """Streaming reads by torch's threads: a sum over memory that no cache holds."""
+def bandwidth(megabytes: int = 256) -> Callable[[], float]:
+    """Streaming reads, bytes a second: by the compiled kernels, else a sum by torch's threads."""
+    from foretell.models import kernels
+
+    library = kernels.load()
+    if library is not None:
+        return lambda: library.stream_bandwidth(megabytes << 20, 3, torch.get_num_threads())
     block = torch.ones(megabytes << 18, dtype=torch.float32)
 
     def run() -> float:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from foretell.core.errors import InputError
 from foretell.core.params import SamplingParams
 from foretell.engine.curve import ForwardTimer, medians
 from foretell.engine.llm import LLM
+from foretell.lab.bench.methods import PLAIN, Method
 from foretell.lab.tune.race import Race, Run
-from foretell.lab.tune.space import PLAIN, Setting
 
 WARM = 8  # tokens of the warm-up
 
@@ -24,7 +25,7 @@ WARM = 8  # tokens of the warm-up
 class Tuned:
     """What was found: the options to use, and everything that was measured on the way."""
 
-    setting: Setting
+    method: Method
     dtype: str
     threads: int
     speedup: float
@@ -33,8 +34,9 @@ class Tuned:
     def config(self) -> dict[str, Any]:
         """What every command takes with --config; `tuned` is for people."""
         options: dict[str, Any] = {
-            "draft": self.setting.draft,
-            "policy": self.setting.policy,
+            "draft": self.method.draft,
+            "verify": self.method.verify,
+            "policy": self.method.policy,
             "dtype": self.dtype,
             "threads": self.threads,
         }
@@ -51,7 +53,7 @@ class Tuner:
     llm: LLM
     prompts: Sequence[list[int]]
     params: SamplingParams
-    settings: Sequence[str]
+    methods: Sequence[Method]
     dtype: str
     budget_s: float = 600.0
     batch: int = 1
@@ -74,7 +76,7 @@ class Tuner:
     def go(self, threads: Sequence[int]) -> Tuned:
         started = time.monotonic()
         chosen, thread_table = self.threads(threads)
-        usable = [s for s in self.settings if self._usable(s)]
+        usable = [m.name for m in self.methods if self._usable(m)]
         race = Race(
             self._run,
             PLAIN,
@@ -102,19 +104,16 @@ class Tuner:
             "batch": self.batch,
             "seconds": round(time.monotonic() - started, 1),
         }
-        setting = Setting.parse(winner.name)
-        return Tuned(setting, self.dtype, chosen, math.exp(winner.mean), report)
+        method = next(m for m in self.methods if m.name == winner.name)
+        return Tuned(method, self.dtype, chosen, math.exp(winner.mean), report)
 
-    def _usable(self, name: str) -> bool:
-        from foretell.core.errors import InputError
-
-        setting = Setting.parse(name)
+    def _usable(self, method: Method) -> bool:
         try:
-            self._engines[name] = self.llm.with_methods(
-                setting.draft, policy=setting.policy, max_batch=self.batch
+            self._engines[method.name] = self.llm.with_methods(
+                method.draft, method.verify, method.policy, max_batch=self.batch
             )
         except InputError as error:
-            self._broken[name] = str(error)
+            self._broken[method.name] = str(error)
             return False
         return True
 
