@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,7 @@ from foretell.cli.options import ModelOptions, command
 from foretell.core.errors import InputError
 
 if TYPE_CHECKING:
+    from foretell.engine.llm import LLM
     from foretell.lab.tune.run import Tuned
 
 app = typer.Typer(add_completion=False)
@@ -98,7 +100,7 @@ def _one(
             bool(draft_path or llm.context.default_draft), llm.model.spec.caps.tree, draft_path
         )
     )
-    prompts = _prompts(llm, workload, data, limit)
+    prompts = _prompts(llm, workload, data, limit, max_tokens)
     with status("tuning", quiet) as say:
         tuner = Tuner(
             llm,
@@ -116,14 +118,16 @@ def _one(
     return result
 
 
-def _prompts(llm: Any, workload: str | None, data: Path | None, limit: int) -> list[list[int]]:
+def _prompts(
+    llm: LLM, workload: str | None, data: Path | None, limit: int, max_tokens: int
+) -> list[list[int]]:
+    from foretell.lab.tune.prompts import builtin_prompts, workload_prompts
+
     if workload is None:
-        from foretell.lab.check.prompts import PROMPTS
-
-        return [llm.encode(p) for p in PROMPTS[:limit]]
-    from foretell.lab.bench.workloads import load_workload
-
-    raise NotImplementedError(load_workload, data)
+        return builtin_prompts(llm, limit)
+    if data is None and os.environ.get("FORETELL_DATA"):
+        data = Path(os.environ["FORETELL_DATA"])
+    return workload_prompts(llm, workload.split(","), data, limit, max_tokens)
 
 
 def _describe(best: Tuned, out: Path | None) -> list[str]:
