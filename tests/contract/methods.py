@@ -42,9 +42,22 @@ DRAFTERS = {
     ],
     "token-recycling": ["token-recycling:nodes=12", "token-recycling:nodes=5,k=3,update=path"],
     "suffix": ["suffix", "suffix:tokens=6,branching=3,factor=4,min_prob=0.05"],
-    "aggressive": ["aggressive"],
+    "aggressive": ["aggressive:start=1,window=4"],
     "aded": ["aded", "aded:nodes=5,depth=3,iterations=8"],
     "stand": ["stand", "stand:nodes=4,max_ngram=2,k=3,onehot=true"],
+    "fallback": [
+        "fallback:of=prompt-lookup(min_ngram=1,tokens=2)+draft-model(tokens=3)",
+        "fallback:of=suffix+none,least=2",
+    ],
+    "merge": [
+        "merge:of=prompt-lookup(min_ngram=1)+suffix(branching=3)+token-recycling(nodes=4)",
+        "merge:of=draft-model(tokens=2,branching=2)+prompt-lookup(min_ngram=1),nodes=9",
+        "merge:of=draft-model(tokens=2)+draft-model(tokens=2,branching=2),nodes=12",
+    ],
+    "bandit": [
+        "bandit",
+        "bandit:of=draft-model(tokens=2)+suffix+none,rule=exp3",
+    ],
     "retrieval": [f"retrieval:path={_store()},min_match=1,nodes=9"],
 }
 VERIFIERS = {

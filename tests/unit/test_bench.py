@@ -38,6 +38,9 @@ class TestMethods:
     def test_brackets_protect_what_they_enclose(self) -> None:
         assert split("a:x=[b;c,d],e") == ["a:x=[b;c,d]", "e"]
 
+    def test_a_semicolon_always_separates(self) -> None:
+        assert split("a:x=1;y=2,z=3") == ["a:x=1", "y=2,z=3"]
+
     def test_parts(self) -> None:
         none, method = parse_methods(["draft-model:tokens=4+policy=confidence:threshold=0.5"])
         assert none == Method("none")
@@ -175,6 +178,8 @@ class TestPrompts:
             if "ids" in a:
                 return a["ids"]
             if "messages" in a:
+                roles = [m["role"] for m in a["messages"]]
+                assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
                 return [len(m["content"]) for m in a["messages"]]
             return list(a["text"].encode())
         if do == "decode":
@@ -210,17 +215,23 @@ class TestPrompts:
         assert bytes(found[0].ids) == b"01289"
         assert found[0].cut == 5
 
-    def test_random_ids_are_no_prompt(self) -> None:
-        rng = random.Random(0)
-        item = Item("k", "w", "f", ids=[rng.randrange(1000) for _ in range(40)])
+    @pytest.mark.parametrize(("changed", "fine"), [(1, True), (3, True), (10, False), (38, False)])
+    def test_random_ids_are_no_prompt(self, changed: int, fine: bool) -> None:
+        item = Item("k", "w", "f", ids=list(range(40)))
 
         def ask(do: str, **a: Any) -> Any:
             if do == "round_trip":
-                return [t // 2 for t in a["ids"]]
+                return [1000 + t if t < changed else t for t in a["ids"]]
             return self.ask(do, **a)
 
-        with pytest.raises(InputError, match="means nothing"):
+        def encode() -> None:
             prompts.encode_items([(item, "f")], ask, list, chat=True, room=99, cut=False)
+
+        if fine:
+            encode()
+            return
+        with pytest.raises(InputError, match="means nothing"):
+            encode()
 
     def test_units_hold_one_family(self) -> None:
         made = [prompts.Prompt(f"{f}{i}", f, 1, [i]) for i in range(3) for f in "ab"]
@@ -721,3 +732,12 @@ def test_medians_agree_with_the_standard_library() -> None:
     records = [record("none", "a", r, s) for r, s in enumerate((7.0, 9.0, 8.0, 30.0))]
     found = summarise(records, FACTS)["methods"]["none"]["by_family"]["a"]
     assert found["decode_tokens_per_s"] == pytest.approx(statistics.median((7, 9, 8, 30)))
+
+
+def test_a_new_pass_has_new_drafters() -> None:
+    from foretell.lab.bench.workers.own import System
+
+    system = System()
+    system.ready = {"method": object()}  # type: ignore[dict-item]
+    system.fresh()
+    assert not system.ready

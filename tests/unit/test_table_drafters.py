@@ -1,4 +1,4 @@
-"""Drafters that read tables: token recycling, aggressive decoding, tri-grams, stochastic n-grams."""
+"""Drafters that read tables: recycling, aggressive decoding, tri-grams, stochastic n-grams."""
 
 from __future__ import annotations
 
@@ -165,11 +165,14 @@ class Line:
 
 def test_best_size_is_the_best_rate() -> None:
     chances = [0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01]
-    for slope, want in ((0.0, 7), (0.05, 5), (1e6, 0), (0.3, 1)):
+    sizes = []
+    for slope in (0.0, 0.01, 0.05, 0.3, 1e6):
         gains = [1 + sum(chances[:n]) for n in range(8)]
         brute = max(range(8), key=lambda n: gains[n] / (1 + slope * (n + 1)))
-        assert best_size(chances, Line(slope)) == brute
-        assert brute == want or slope == 0.3
+        sizes.append(best_size(chances, Line(slope)))
+        assert sizes[-1] == brute
+    assert len(set(sizes)) >= 4
+    assert (sizes[0], sizes[-1]) == (7, 0)
     cost = Line(0.1)
     best_size(chances, cost, 500, 4)
     assert {a[1:] for a in cost.asked} == {(500, 4)}
@@ -435,9 +438,11 @@ def test_copying_goes_on_where_the_output_joins_again() -> None:
     view.tokens += [11, 12, 13]
     assert draft() == [14, 15, 16, 17, 18, 19], "drafts grow with what was copied"
     view.tokens += [14, 99]
-    assert draft() == [], "a token the source does not have"
+    assert draft() == [16, 17, 18, 19], "after a run: a token may have been replaced"
+    view.tokens += [98]
+    assert draft() == [], "no run, no guess"
     view.tokens += [16]
-    assert draft() == [17, 18, 19, 20], "a substitution"
+    assert draft() == [17, 18, 19, 20], "joined again"
     view.tokens += [17, 18, 20]
     assert draft() == [21, 22, 23, 24], "a deletion"
     view.tokens += [21, 35]
@@ -523,7 +528,7 @@ def test_the_search_finds_the_likely_nodes_of_a_large_table() -> None:
 
 def test_visits_follow_reward_not_only_chance() -> None:
     """Of two equally likely successors the one with known continuations gets the depth."""
-    rows = {(0, 0): {t: 1.0 for t in range(1, 7)}}
+    rows = {(0, 0): dict.fromkeys(range(1, 7), 1.0)}
     rows |= {(0, 3): {7: 1.0}, (3, 7): {8: 1.0}, (7, 8): {9: 1.0}}
     draft = monte_carlo(successors_of(rows), (0, 0), 4, 8, 300)
     tokens = [t for t, *_ in draft]
@@ -694,10 +699,10 @@ def test_draws_have_the_law_of_q() -> None:
     p = {0: 0.5, 3: 0.3, 4: 0.2}
     drafter = filled(6, {(1,): p}, nodes=2, depth=1)
     counts: Counter = Counter()
+    state = drafter.begin(view_of([0, 1], 0, Draw.SAMPLE))
+    state.tables = drafter.tables
     for seed in range(4000):
         view = view_of([0, 1], 0, Draw.SAMPLE, seed)
-        state = drafter.begin(view)
-        state.tables = drafter.tables
         (tree,) = drafter.propose([state], [view], [FULL])
         counts[tuple(drafted(tree))] += 1
     law = {(a, b): p[a] * p[b] / (1 - p[a]) for a in p for b in p if a != b}
@@ -757,7 +762,7 @@ def long_trace(temperature: float) -> tuple[TableModel, dict[str, float]]:
         accepted = steps = 0
         for verify in ("auto", "rejection"):
             llm = LLM(target, draft=spec, verify=verify)
-            params = SamplingParams(max_tokens=700, temperature=temperature, seed=3)
+            params = SamplingParams(max_tokens=400, temperature=temperature, seed=3)
             s = llm.generate([[1, 2, 3]], params)[0].stats
             accepted, steps = accepted + s.accepted, steps + s.steps
         result[spec] = accepted / steps

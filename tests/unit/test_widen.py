@@ -291,6 +291,21 @@ def test_narrower_dtypes_are_compared_with_the_rounded_original(tmp_path: Path) 
     assert result.logit_difference > 1e-3  # the rounding, seen from the float32 original
 
 
+@pytest.mark.parametrize(("eps", "dtype", "hidden"), [(0.3, "float32", 96), (1e-6, "bfloat16", 80)])
+def test_norms_of_q_and_k_keep_their_eps(
+    eps: float, dtype: str, hidden: int, tmp_path: Path
+) -> None:
+    """They share the number in config.json with norms whose width has grown."""
+    from test_export import random_checkpoint
+
+    small = random_checkpoint(tmp_path / "small", "qwen3")
+    config = json.loads((small / "config.json").read_text()) | {"rms_norm_eps": eps}
+    (small / "config.json").write_text(json.dumps(config))
+    result = widen(small, tmp_path / "big", Settings(None, Shape(hidden), dtype=dtype), silent)
+    assert result.comparison is not None
+    assert result.comparison.logit_difference < 1e-4 * result.comparison.logit_range
+
+
 def test_a_comparison_fails_on_tokens_or_on_logits() -> None:
     assert Comparison(1, 4, 0, 1e-5, 10.0).passed
     assert not Comparison(1, 4, 1, 1e-5, 10.0).passed

@@ -192,6 +192,9 @@ class Budget:
     stop: Callable[[Sequence[float]], bool] | None = None
     """Asked after each kept token with the scores of the tokens kept so far on that path; true
     stops drafting below it. It never sees a token that is not kept: that would bias sampling."""
+    unsure: Callable[[Sequence[float]], bool] | None = None
+    """As `stop`, but asked with the entropies, in nats, of the draft distributions that those
+    tokens were taken from. Drafters without distributions do not ask."""
 
     def clamp(self, *, nodes: int, depth: int, branching: int = 1 << 30) -> Budget:
         return Budget(
@@ -199,6 +202,7 @@ class Budget:
             max(0, min(self.depth, depth)),
             min(self.branching, branching),
             self.stop,
+            self.unsure,
         )
 
     @property
@@ -226,6 +230,7 @@ class SeqView:
     filters."""
     plain: bool = True
     """No processor but temperature: the order of the logits is the order of the probabilities."""
+    effort: Any = None  # what the length policy has learned of this sequence
 
     @property
     def pending(self) -> list[int]:

@@ -30,6 +30,9 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "aded": "foretell.drafters.aded:Aded",
             "stand": "foretell.drafters.stand:Stand",
             "retrieval": "foretell.drafters.retrieval:Retrieval",
+            "fallback": "foretell.drafters.fallback:Fallback",
+            "merge": "foretell.drafters.merge:Merge",
+            "bandit": "foretell.drafters.bandit:Bandit",
         },
         "verifier": {
             "greedy": "foretell.verify.greedy:Greedy",
@@ -64,6 +67,17 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
 )
 
 
+def split(text: str, separator: str) -> list[str]:
+    """`text.split(separator)` that leaves what stands in parentheses alone."""
+    pieces, depth, start = [], 0, 0
+    for at, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if char == separator and depth == 0:
+            pieces.append(text[start:at])
+            start = at + 1
+    return [*pieces, text[start:]]
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A method's name and options, from ``name:key=value,key=value`` or a JSON object."""
@@ -86,7 +100,7 @@ class Spec:
                 raise InputError(f"The method's JSON cannot be read ({e}).") from None
         name, _, rest = text.strip().partition(":")
         options: dict[str, Any] = {}
-        for item in filter(None, rest.split(",")):
+        for item in filter(None, split(rest, ",")):
             key, eq, value = item.partition("=")
             if not eq or not key.strip():
                 raise InputError(f"'{item}' in '{text}' is not of the form key=value.")

@@ -118,6 +118,22 @@ class SeqRng:
         return torch.stack([recent[w] for w in wanted])
 
 
+class DrafterRng(SeqRng):
+    """The same numbers but for a drafter's own draws, which are those of drafter `index`: several
+    that draw for one sequence in one step must not share their noise."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, rng: SeqRng, index: int) -> None:
+        super().__init__(rng.seed)
+        self._recent, self.index = rng._recent, index
+
+    def key(self, position: int, purpose: Purpose, salt: int = 0) -> int:
+        if purpose is Purpose.DRAFT:
+            salt += self.index << 52  # beyond every salt that a position and a node make
+        return super().key(position, purpose, salt)
+
+
 _KEEP = 16  # rows of recent noise a sequence holds on to
 
 

@@ -52,6 +52,7 @@ class DraftModel:
     paper = "Fast Inference from Transformers via Speculative Decoding"
     summary = "a smaller model drafts a chain, or a tree of any form"
     needs = Needs(own_model=True)
+    own_trees_only = True  # a shape learns from the ranks of its own nodes
 
     def __init__(
         self,

@@ -174,7 +174,7 @@ class TokenRecycling:
         else:
             nodes = np.flatnonzero(f.logits.row >= 0)
             nodes = nodes[nodes >= tree.tip]
-        ids = top_ids(f.logits[nodes], self.k)
+        ids = top_ids(f.logits[nodes.tolist()], self.k)
         # A token may stand at several nodes: refused ones first, the shallower over the deeper;
         # then the accepted ones, the later over the earlier.
         taken = np.zeros(len(tree), bool)

@@ -1,4 +1,4 @@
-"""Stochastic n-gram drafting: n-grams that remember distributions, drawn from without replacement."""
+"""Stochastic n-grams: they remember distributions, which drafts are drawn from."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def best_paths(
     width = min(len(p), branching)
     if nodes <= 0 or depth <= 0 or width <= 0:
         return []
-    heap = [(-p[0], 1, (0,))]
+    heap: list[tuple[float, int, Path]] = [(-p[0], 1, (0,))]
     found: list[tuple[float, Path]] = []
     while heap and len(found) < nodes:
         chance, level, path = heapq.heappop(heap)

@@ -36,7 +36,8 @@ class ChainGrower(Levels):
 
     def expand(self, logits: Tensor) -> None:
         node, view = self.front[0], self.view
-        if self.how is Draw.TOP and view.plain and self.budget.stop is None:
+        asks = self.budget.stop is not None or self.budget.unsure is not None
+        if self.how is Draw.TOP and view.plain and not asks:
             below = Drawn(node, [int(logits[0].argmax())], [1.0], [1.0], [None], [1.0])
         else:
             below = self.drawn(logits, self.front, 1)[0]

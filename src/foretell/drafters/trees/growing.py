@@ -24,6 +24,7 @@ class Drawn:
     rows: list[Tensor | None]  # [V] each: what it was drawn from, None = one-hot. Draws without
     # replacement share one row; independent ones have a row of their own (`core.protocols.Draw`).
     weight: list[float]  # estimates of the probability that the target says each
+    entropy: float = 0.0  # of the drafter's distribution, in nats; 0 where nobody asks for it
 
 
 class Growing:
@@ -43,6 +44,7 @@ class Growing:
         self.parents: list[int] = []
         self.paths: list[list[int]] = []  # nodes from the tip's child down to each node
         self.scores: list[float] = []  # q of the token
+        self.entropies: list[float] = []  # of the distribution it was taken from
         self.qrow: list[int] = []  # index into q, -1 = one-hot
         self.q: list[Tensor] = []  # [V] each
         self.dead: set[int] = set()  # repeats of an earlier sibling: nothing grows below them
@@ -84,6 +86,9 @@ class Growing:
             ids, keys = draw.ranked(q, self.view, how, *at, width)
         # one transfer for all of it; float64 holds every id
         both = torch.stack([ids.double(), q.gather(-1, ids).double(), keys.double()]).tolist()
+        doubts = [0.0] * len(nodes)
+        if self.budget.unsure is not None:
+            doubts = torch.special.entr(q).sum(-1).tolist()
         result = []
         for i, node in enumerate(nodes):
             rows: list[Tensor | None]
@@ -106,6 +111,7 @@ class Growing:
                     keyed,
                     [rows[j] for j in possible],
                     keyed if how is Draw.NOISE else scores,
+                    doubts[i],
                 )
             )
         return result
@@ -132,6 +138,7 @@ class Growing:
             self.parents.append(node)
             self.paths.append([*above, n])
             self.scores.append(below.q[j])
+            self.entropies.append(below.entropy)
             fresh.append(n)
         return fresh
 
@@ -140,8 +147,10 @@ class Growing:
         path = self.paths[node]
         if len(path) >= self.budget.depth or self.room <= 0 or node in self.dead:
             return False
-        stop = self.budget.stop
-        return stop is None or not stop([self.scores[n] for n in path])
+        stop, unsure = self.budget.stop, self.budget.unsure
+        if stop is not None and stop([self.scores[n] for n in path]):
+            return False
+        return unsure is None or not unsure([self.entropies[n] for n in path])
 
     def tree(self) -> TokenTree:
         q = torch.stack(self.q) if self.q else None

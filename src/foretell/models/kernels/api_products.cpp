@@ -10,9 +10,6 @@
 
 #define FT_API extern "C" __attribute__((visibility("default")))
 
-#ifndef FT_STREAM
-#define FT_STREAM 4096
-#endif
 using namespace ft;
 
 namespace {
@@ -124,12 +121,7 @@ FT_API void ft_run_products(const void* chain, int64_t count, int64_t rows, cons
       int64_t from, to;
       if (grain > 0) {
         while (team.next(m.panels, grain, &from, &to))
-#ifdef FT_PRIV
-          for (int64_t pp = from; pp < to; ++pp)
-            product(m, in, pp, pp + 1, out + team.rank * 16 * PANEL, PANEL);
-#else
           product(m, in, from, to, out + from * PANEL, ldo);
-#endif
       } else {
         from = m.panels * team.rank / team.size;
         to = m.panels * (team.rank + 1) / team.size;
@@ -150,7 +142,7 @@ FT_API int64_t ft_stream(const void* data, int64_t bytes, int threads) {
     v16i sums[4] = {};
     for (int64_t b = blocks * team.rank / team.size; b < to; ++b)
       for (int j = 0; j < 4; ++j) {
-        prefetch(p + b * 256 + j * 64 + FT_STREAM);
+        prefetch(p + b * 256 + j * 64 + 4096);
         sums[j] += (v16i)load_u(p + b * 256 + j * 64);
       }
     const v16i all = (sums[0] + sums[1]) + (sums[2] + sums[3]);

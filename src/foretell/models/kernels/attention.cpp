@@ -98,10 +98,14 @@ FT_INLINE void dots(const float* q, int64_t padded, const float* k, int64_t stri
         for (int a = 0; a < NQ; ++a) acc[a * NK + i] = fma(x[a], y, acc[a * NK + i]);
       }
     }
-    const v16 s = sums(acc);
-    const int64_t left = count - j < NK ? count - j : NK;
-    for (int a = 0; a < NQ; ++a)
-      for (int i = 0; i < left; ++i) scores[a * lds + j + i] = s[a * NK + i];
+    alignas(64) float s[LANES];
+    store(s, sums(acc));
+    if (j + NK <= count) {
+      for (int a = 0; a < NQ; ++a) memcpy(scores + a * lds + j, s + a * NK, NK * 4);
+    } else {
+      for (int a = 0; a < NQ; ++a)
+        for (int64_t i = 0; j + i < count; ++i) scores[a * lds + j + i] = s[a * NK + i];
+    }
   }
 }
 

@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PREBUILT = HERE / "prebuilt"
 CHOICES = ("auto", "off", "avx512", "avx2", "portable")
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mprfchw")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 FLAGS = {"avx512": (*_AVX2, *_AVX512), "avx2": _AVX2, "portable": ()}
 NEEDS = {  # names in /proc/cpuinfo

@@ -95,10 +95,17 @@ struct Gate {
 
 }  // namespace
 
+// What is left of one thread's share of the running loop: first piece in the upper 32 bits, end in
+// the lower; FRESH until somebody looks at it.
+struct alignas(64) Share {
+  std::atomic<uint64_t> word{FRESH};
+  static constexpr uint64_t FRESH = ~0ull;
+};
+
 struct TeamShared {
   alignas(64) Gate phase;
   alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<int64_t> counter{0};
+  Share* shares;
 };
 
 namespace {
@@ -109,7 +116,8 @@ struct Pool {
   std::atomic<uint32_t> tickets{0};
   alignas(64) Gate turn;
   int workers = 0;
-  TeamShared team;
+  Share shares[MAX_THREADS];
+  TeamShared team{{}, {0}, shares};
   // The number of the call in the upper 24 bits, the size of its team in the lower 8, in one
   // word: a worker that wakes late can never pair one call's number with another call's size.
   alignas(64) Gate call;
@@ -196,7 +204,8 @@ void give_turn(Pool* pool) {
 }
 
 void alone(void (*fn)(Team&, void*), void* arg) {
-  TeamShared shared;
+  Share share;
+  TeamShared shared{{}, {0}, &share};
   Team team{0, 1, &shared};
   fn(team, arg);
 }
@@ -233,13 +242,13 @@ int quota() {
 void Team::barrier() {
   TeamShared* s = shared;
   if (size == 1) {
-    s->counter.store(0, std::memory_order_relaxed);
+    s->shares[0].word.store(Share::FRESH, std::memory_order_relaxed);
     return;
   }
   const uint32_t phase = s->phase.value.load(std::memory_order_relaxed);
   if (s->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     s->arrived.store(0, std::memory_order_relaxed);
-    s->counter.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < size; ++i) s->shares[i].word.store(Share::FRESH, std::memory_order_relaxed);
     s->phase.publish(phase + 1);
   } else {
     s->phase.wait_while(phase, BARRIER_SPIN_NS);
@@ -247,11 +256,34 @@ void Team::barrier() {
 }
 
 bool Team::next(int64_t total, int64_t grain, int64_t* begin, int64_t* end) {
-  const int64_t at = shared->counter.fetch_add(grain, std::memory_order_relaxed);
-  if (at >= total) return false;
-  *begin = at;
-  *end = at + grain < total ? at + grain : total;
-  return true;
+  const int64_t pieces = (total + grain - 1) / grain;
+  auto left = [&](int who, uint64_t word) -> uint64_t {
+    if (word != Share::FRESH) return word;
+    return (uint64_t)(pieces * who / size) << 32 | (uint64_t)(pieces * (who + 1) / size);
+  };
+  int victim = rank;
+  for (;;) {
+    std::atomic<uint64_t>& share = shared->shares[victim].word;
+    uint64_t word = share.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t now = left(victim, word);
+      const int64_t first = (int64_t)(now >> 32), last = (int64_t)(now & 0xffffffff);
+      if (first >= last) break;
+      const int64_t piece = victim == rank ? first : last - 1;
+      const uint64_t then = victim == rank ? now + (1ull << 32) : now - 1;
+      if (!share.compare_exchange_weak(word, then, std::memory_order_relaxed)) continue;
+      *begin = piece * grain;
+      *end = *begin + grain < total ? *begin + grain : total;
+      return true;
+    }
+    int64_t most = 0;
+    for (int who = 0; who < size; ++who) {
+      const uint64_t now = left(who, shared->shares[who].word.load(std::memory_order_relaxed));
+      const int64_t here = (int64_t)(now & 0xffffffff) - (int64_t)(now >> 32);
+      if (here > most) most = here, victim = who;
+    }
+    if (most == 0) return false;
+  }
 }
 
 void pool_run(int threads, void (*fn)(Team&, void*), void* arg) {
@@ -269,9 +301,9 @@ void pool_run(int threads, void (*fn)(Team&, void*), void* arg) {
     return alone(fn, arg);
   }
   in_team = true;
+  for (int i = 0; i < threads; ++i) pool->shares[i].word.store(Share::FRESH);
   pool->fn = fn;
   pool->arg = arg;
-  pool->team.counter.store(0, std::memory_order_relaxed);
   const uint32_t call = pool->call.value.load(std::memory_order_relaxed) >> 8;
   pool->call.publish(((call + 1) << 8) | (uint32_t)threads);
   Team team{0, threads, &pool->team};

@@ -20,9 +20,11 @@ struct Team {  // handed to the function on every thread
   // All threads meet. Everything written before is seen by everybody after. Spins for some tens of
   // microseconds, then sleeps.
   void barrier();
-  // Dynamic work sharing: [0, total) is handed out in pieces of `grain`; false when exhausted.
-  // One such loop (any number of calls, same total and grain) between two barriers; the barrier
-  // starts the next one at 0.
+  // Dynamic work sharing: [0, total) is handed out in pieces of `grain` that begin at multiples of
+  // it (the last one may be shorter); false when exhausted. Every thread has an equal share of its
+  // own, which it takes from the front, piece after piece: what it reads is one stream that can be
+  // fetched ahead. When that is used up it takes the last piece of whoever has most left.
+  // One such loop (any number of calls, same total and grain) between two barriers.
   bool next(int64_t total, int64_t grain, int64_t* begin, int64_t* end);
 };
 

@@ -59,14 +59,12 @@ void deliver(const Out& out, int64_t row, int count, const float* y) {
 // nothing; waiting for them afterwards, one store after the other, costs more than the arithmetic.
 // (Inlined, because a compiler drops a call to a function that does nothing but prefetch.)
 FT_INLINE void own(const Out& out, int64_t rows) {
-#ifndef FT_NOPW
   for (int64_t r = 0; r < rows && r < 64; ++r) {
     const float* p = out.p + r * out.ld;
     __builtin_prefetch(p, 1, 3);
     __builtin_prefetch(p + LANES, 1, 3);
     __builtin_prefetch(p + out.columns - 1, 1, 3);
   }
-#endif
 }
 
 static void run(const Matrix& m, const Rows& rows, int64_t begin, int64_t end, float* out,

@@ -7,9 +7,7 @@ namespace ft {
 
 // Bytes ahead of the stream that are asked for. The processor's own prefetcher stops at every page
 // of 4 KB and starts again slowly; asking for lines of the next page hides that.
-#ifndef FT_AHEAD
-#define FT_AHEAD 2048
-#endif
+constexpr int64_t AHEAD = 4096;
 
 // Where one panel's outputs go.
 struct Out {
@@ -30,23 +28,43 @@ void panel_bf16(const Matrix& m, const uint8_t* panel, const Rows& rows, const O
 void panel_int8(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out);
 void panel_int4(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out);
 
-// Calls f.run<R>(first_row, stream) for tiles of at most MAX rows that cover `rows` as evenly as
-// they can (9 = 5 + 4: two half-full tiles keep more accumulators in flight than 8 + 1). `stream`
-// is true for the first tile, which is the one that brings the panel in from memory.
+// What one pass over a panel asks for on the way: two lines from `near` and one from `far` for
+// every 128 bytes of the panel it reads.
+struct Ahead {
+  const uint8_t* near;
+  const uint8_t* far;
+  FT_INLINE void ask(int64_t step) const {
+    prefetch(near + step * 128);
+    prefetch(near + step * 128 + 64);
+    prefetch(far + step * 64);
+  }
+};
+
+// Pass `tile` of `tiles` over a panel. The first brings the panel in. Where there are more, memory
+// would lie idle during the others: the first two fetch half of the next panel each.
+FT_INLINE Ahead ahead_of(const uint8_t* panel, int64_t bytes, int64_t tile, int64_t tiles) {
+  const uint8_t* next = panel + bytes;
+  if (tile == 0) return Ahead{panel + AHEAD, tiles > 1 ? next : panel};
+  return Ahead{panel, tile == 1 ? next + bytes / 2 : panel};
+}
+
+// Calls f.run<R>(first row, tile, tiles) for tiles of at most MAX rows that cover `rows` as evenly
+// as they can (9 = 5 + 4: two half-full tiles keep more accumulators in flight than 8 + 1).
 template <int R, class F>
-FT_INLINE void run_tile(int height, int64_t row, bool stream, const F& f) {
+FT_INLINE void run_tile(int height, int64_t row, int64_t tile, int64_t tiles, const F& f) {
   if constexpr (R > 0) {
-    if (height == R) return f.template run<R>(row, stream);
-    run_tile<R - 1>(height, row, stream, f);
+    if (height == R) return f.template run<R>(row, tile, tiles);
+    run_tile<R - 1>(height, row, tile, tiles, f);
   }
 }
 
 template <int MAX, class F>
 FT_INLINE void each_tile(int64_t rows, const F& f) {
-  int64_t tiles = (rows + MAX - 1) / MAX;
-  for (int64_t row = 0; row < rows; --tiles) {
-    const int height = (int)((rows - row + tiles - 1) / tiles);
-    run_tile<MAX>(height, row, row == 0, f);
+  const int64_t tiles = (rows + MAX - 1) / MAX;
+  int64_t row = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int height = (int)((rows - row + (tiles - tile) - 1) / (tiles - tile));
+    run_tile<MAX>(height, row, tile, tiles, f);
     row += height;
   }
 }

@@ -13,13 +13,10 @@ constexpr int HEIGHT = 3;
 #else
 constexpr int HEIGHT = 1;
 #endif
-// Inputs per block when there are more rows than one tile: a block of a panel as floats is 32 KB,
-// which stays in L1 while the tiles pass over it. Accumulators wait in `sums` between blocks; the
+// Inputs per block when there are more rows than one tile: a block of a panel as floats is 16 KB,
+// which stays in L1, with the activations, while the tiles pass over it. Accumulators wait in `sums` between blocks; the
 // chain of each output is the same as without blocks.
-#ifndef FT_DEPTH
-#define FT_DEPTH 128
-#endif
-constexpr int DEPTH = FT_DEPTH;
+constexpr int DEPTH = 128;
 constexpr int ROWS = 128;  // rows whose accumulators are kept: 16 KB
 
 template <int R>
@@ -41,14 +38,11 @@ FT_INLINE void save_sums(const v16 (&acc)[R][2], float* sums) {
 }
 
 // acc[r] += x[r][i] * w[i] for i in [0, depth); w is [depth][32]
-template <int R, bool STREAM>
+template <int R>
 FT_INLINE void chain_f32(v16 (&acc)[R][2], const float* w, const float* x, int64_t ld,
-                         int64_t depth) {
+                         int64_t depth, const Ahead& ahead) {
   for (int64_t i = 0; i < depth; ++i, w += PANEL) {
-    if (STREAM) {
-      prefetch((const char*)w + FT_AHEAD);
-      prefetch((const char*)w + FT_AHEAD + 64);
-    }
+    ahead.ask(i);
     const v16 w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -60,15 +54,12 @@ FT_INLINE void chain_f32(v16 (&acc)[R][2], const float* w, const float* x, int64
 }
 
 // The same over pairs of bfloat16: the low half of a word is the even input, the high half the odd
-template <int R, bool STREAM>
+template <int R>
 FT_INLINE void chain_bf16(v16 (&acc)[R][2], const uint8_t* w, const float* x, int64_t ld,
-                          int64_t depth) {
+                          int64_t depth, const Ahead& ahead) {
   const v16u high = (v16u)splat_i((int32_t)0xffff0000);
   for (int64_t i = 0; i + 1 < depth; i += 2, w += 128) {
-    if (STREAM) {
-      prefetch(w + FT_AHEAD);
-      prefetch(w + FT_AHEAD + 64);
-    }
+    ahead.ask(i / 2);
     const v16u a = load_u(w), b = load_u(w + 64);
     const v16 a0 = as_float(a << 16), b0 = as_float(b << 16);
     const v16 a1 = as_float(a & high), b1 = as_float(b & high);
@@ -102,10 +93,11 @@ struct WholeF32 {
   const Out& out;
   int64_t k;
   template <int R>
-  FT_INLINE void run(int64_t row, bool) const {
+  FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 acc[R][2];
     load_sums<R>(acc, nullptr);
-    chain_f32<R, true>(acc, (const float*)panel, rows.x + row * rows.ld, rows.ld, k);
+    chain_f32<R>(acc, (const float*)panel, rows.x + row * rows.ld, rows.ld, k,
+                 ahead_of(panel, k * PANEL * 4, tile, tiles));
     alignas(64) float y[R * PANEL];
     save_sums<R>(acc, y);
     deliver(out, row, R, y);
@@ -118,31 +110,30 @@ struct WholeBF16 {
   const Out& out;
   int64_t k;
   template <int R>
-  FT_INLINE void run(int64_t row, bool) const {
+  FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 acc[R][2];
     load_sums<R>(acc, nullptr);
-    chain_bf16<R, true>(acc, panel, rows.x + row * rows.ld, rows.ld, k);
+    chain_bf16<R>(acc, panel, rows.x + row * rows.ld, rows.ld, k,
+                  ahead_of(panel, (k + 1) / 2 * 128, tile, tiles));
     alignas(64) float y[R * PANEL];
     save_sums<R>(acc, y);
     deliver(out, row, R, y);
   }
 };
 
-template <bool MEMORY>
 struct BlockF32 {
   const float* w;
   const float* x;
   int64_t ld, depth;
   float* sums;     // [rows][32]
   bool first;   // start at zero instead of at `sums`
+  const uint8_t* source;  // the block as it is stored, of `bytes` bytes
+  int64_t bytes;
   template <int R>
-  FT_INLINE void run(int64_t row, bool stream) const {
+  FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 acc[R][2];
     load_sums<R>(acc, first ? nullptr : sums + row * PANEL);
-    if (MEMORY && stream)
-      chain_f32<R, true>(acc, w, x + row * ld, ld, depth);
-    else
-      chain_f32<R, false>(acc, w, x + row * ld, ld, depth);
+    chain_f32<R>(acc, w, x + row * ld, ld, depth, ahead_of(source, bytes, tile, tiles));
     save_sums<R>(acc, sums + row * PANEL);
   }
 };
@@ -150,8 +141,8 @@ struct BlockF32 {
 void widen(const uint8_t* w, float* wide, int64_t depth) {
   const v16u high = (v16u)splat_i((int32_t)0xffff0000);
   for (int64_t i = 0; i < depth; i += 2, w += 128, wide += 2 * PANEL) {
-    prefetch(w + FT_AHEAD);
-    prefetch(w + FT_AHEAD + 64);
+    prefetch(w + AHEAD);
+    prefetch(w + AHEAD + 64);
     const v16u a = load_u(w), b = load_u(w + 64);
     store(wide, as_float(a << 16));
     store(wide + 16, as_float(b << 16));
@@ -168,12 +159,14 @@ void blocked(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out&
     const int64_t count = rows.rows - row < ROWS ? rows.rows - row : ROWS;
     for (int64_t at = 0; at < m.k; at += DEPTH) {
       const int64_t depth = m.k - at < DEPTH ? m.k - at : DEPTH;
-      const float* w = (const float*)panel + at * PANEL;
+      const int64_t bytes = depth * PANEL * (NARROW ? 2 : 4);
+      const uint8_t* source = panel + at * PANEL * (NARROW ? 2 : 4);
+      const float* w = (const float*)source;
       if (NARROW) {
-        widen(panel + at * PANEL * 2, wide, depth);
+        widen(source, wide, depth);
         w = wide;
       }
-      const BlockF32<!NARROW> block{w, rows.x + row * rows.ld + at, rows.ld, depth, sums, at == 0};
+      const BlockF32 block{w, rows.x + row * rows.ld + at, rows.ld, depth, sums, at == 0, source, bytes};
       each_tile<HEIGHT>(count, block);
     }
     deliver(out, row, (int)count, sums);
@@ -188,7 +181,8 @@ void panel_f32(const Matrix& m, const uint8_t* panel, const Rows& rows, const Ou
 }
 
 void panel_bf16(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out) {
-  if (rows.rows > HEIGHT) return blocked<true>(m, panel, rows, out);
+  // Two passes unpack the words again, which costs less than a block of floats in between.
+  if (rows.rows > 2 * HEIGHT) return blocked<true>(m, panel, rows, out);
   each_tile<HEIGHT>(rows.rows, WholeBF16{panel, rows, out, m.k});
 }
 

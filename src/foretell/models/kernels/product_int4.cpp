@@ -49,8 +49,8 @@ struct Tile {
   const Rows& rows;
   const Out& out;
 
-  template <int R, bool STREAM>
-  FT_INLINE void sum(v16 (&total)[R][2], int64_t row) const {
+  template <int R>
+  FT_INLINE void sum(v16 (&total)[R][2], int64_t row, Ahead ahead) const {
     const uint8_t* p = panel;
     const int8_t* q = rows.q + row * rows.ldq;
     const int32_t* sums = rows.sums + row * rows.lds;
@@ -67,10 +67,7 @@ struct Tile {
       }
       sums += blocks;
       for (int step = 0; step < steps; ++step, p += 128, q += 8) {
-        if (STREAM) {
-          prefetch(p + FT_AHEAD);
-          prefetch(p + FT_AHEAD + 64);
-        }
+        ahead.ask(step);
         const v16u a = load_u(p), b = load_u(p + 64);
         const v16u a0 = a & low, a1 = (a >> 4) & low, b0 = b & low, b1 = (b >> 4) & low;
 #pragma GCC unroll 16
@@ -84,6 +81,8 @@ struct Tile {
       }
       const v16 s0 = load_half((const uint16_t*)p), s1 = load_half((const uint16_t*)p + LANES);
       p += PANEL * 2;
+      ahead.near += steps * 128 + PANEL * 2;
+      ahead.far += steps * 64 + PANEL;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         total[r][0] = fma_exact(to_float(acc[r][0]), s0, total[r][0]);
@@ -93,14 +92,11 @@ struct Tile {
   }
 
   template <int R>
-  FT_INLINE void run(int64_t row, bool stream) const {
+  FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 total[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = splat(0);
-    if (stream)
-      sum<R, true>(total, row);
-    else
-      sum<R, false>(total, row);
+    sum<R>(total, row, ahead_of(panel, m.panel_bytes, tile, tiles));
     alignas(64) float y[R * PANEL];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

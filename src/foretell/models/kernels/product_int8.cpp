@@ -101,15 +101,12 @@ struct Tile {
     deliver(out, row, count, y);
   }
 
-  template <int R, bool STREAM>
-  FT_INLINE void sum(v16i (&acc)[R][2], const int8_t* q) const {
+  template <int R>
+  FT_INLINE void sum(v16i (&acc)[R][2], const int8_t* q, const Ahead& ahead) const {
     const uint8_t* p = panel;
     const int64_t ldq = rows.ldq;
     for (int64_t i = 0; i < m.kp; i += 4, p += 4 * PANEL) {
-      if (STREAM) {
-        prefetch(p + FT_AHEAD);
-        prefetch(p + FT_AHEAD + 64);
-      }
+      ahead.ask(i / 4);
       const Weights w0 = weights(p), w1 = weights(p + 64);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -121,16 +118,13 @@ struct Tile {
   }
 
   template <int R>
-  FT_INLINE void run(int64_t row, bool stream) const {
+  FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16i acc[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       acc[r][0] = acc[r][1] = offset(total(rows.sums + (row + r) * rows.lds, m.kp / BLOCK));
     }
-    if (stream)
-      sum<R, true>(acc, rows.q + row * rows.ldq);
-    else
-      sum<R, false>(acc, rows.q + row * rows.ldq);
+    sum<R>(acc, rows.q + row * rows.ldq, ahead_of(panel, m.panel_bytes, tile, tiles));
     alignas(64) int32_t dots[R * PANEL];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

@@ -28,9 +28,6 @@
 
 namespace ft {
 
-#ifndef FT_HINT
-#define FT_HINT 3
-#endif
 constexpr int LANES = 16;
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
@@ -187,6 +184,7 @@ FT_INLINE v16 load_half(const uint16_t* p) {
 #endif
 }
 
-FT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, FT_HINT); }
+// Into L2. Streams that ask for L1 run out of the few buffers there are for lines on their way.
+FT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace ft

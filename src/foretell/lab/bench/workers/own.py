@@ -98,6 +98,7 @@ class System:
             "drafted": sum(s.drafted for s in every),
             "histogram": _sum([s.histogram for s in every]),
             "per_position": _sum([s.per_position for s in every]),
+            "reused": sum(s.reused for s in every),
             "promise": outputs[0].promise,
         }
         return steps.result([o.token_ids for o in outputs], **counts)

@@ -1,0 +1,171 @@
+"""Drafters made of drafters: what composition, merging and selection have in common.
+
+`of` names the parts: ``of=suffix+draft-model(tokens=4,tree=dyspec)+none``; options stand in
+parentheses, and parts may be composed themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from foretell.core import registry
+from foretell.core.errors import InputError
+from foretell.core.feedback import Feedback
+from foretell.core.protocols import Budget, BuildContext, Drafter, Draw, Needs, Promise, SeqView
+from foretell.core.registry import Spec, split
+from foretell.core.rng import DrafterRng
+from foretell.core.tree import Kind, TokenTree
+
+
+def parse_parts(text: str) -> list[Spec]:
+    """`a+b(key=value,key=value)` -> specs. InputError when it cannot be read."""
+    specs = []
+    for piece in (p.strip() for p in split(text, "+")):
+        name, bracket, rest = piece.partition("(")
+        if not name or (bracket and not rest.endswith(")")) or (not bracket and ")" in piece):
+            raise InputError(
+                f"'{text}' is not a list of drafters: write it like suffix+draft-model(tokens=4)."
+            )
+        specs.append(Spec.parse(f"{name}:{rest[:-1]}" if bracket else name))
+    return specs
+
+
+class Composed:
+    """Forwards everything to its parts. A part's state belongs to the part; what a whole needs,
+    holds and promises is what its parts do together."""
+
+    name = ""
+    promise = Promise.EXACT
+    needs = Needs()
+    least = 2  # parts
+
+    def __init__(self, parts: Sequence[Drafter]) -> None:
+        if len(parts) < self.least:
+            raise InputError(f"'{self.name}' needs at least {self.least} drafters in of=A+B.")
+        self.parts = list(parts)
+        needs = [p.needs for p in parts]
+        self.needs = Needs(
+            taps=tuple(dict.fromkeys(t for n in needs for t in n.taps)),
+            logits=any(n.logits for n in needs),
+            prompt_logits=any(n.prompt_logits for n in needs),
+            own_model=any(n.own_model for n in needs),
+            layer_access=any(n.layer_access for n in needs),
+        )
+        self.shapes: frozenset[str] = frozenset().union(*(p.shapes for p in parts))
+        order = list(Promise)
+        self.promise = max((p.promise for p in parts), key=order.index)
+        self.unsound: Mapping[Draw, str] = {
+            draw: why for p in parts for draw, why in getattr(p, "unsound", {}).items()
+        }
+        drawing = [p for p in parts if "q" in p.shapes]
+        self.draws: frozenset[Draw] = frozenset(
+            d for d in Draw if drawing and all(d in getattr(p, "draws", ()) for p in drawing)
+        )
+
+    @classmethod
+    def make_parts(cls, context: BuildContext, of: str) -> list[Drafter]:
+        return [registry.create("drafter", spec, context) for spec in parse_parts(of)]
+
+    def state_bytes(self) -> int:
+        """Of what all requests share."""
+        return sum(p.state_bytes() for p in self.parts if hasattr(p, "state_bytes"))  # type: ignore[attr-defined]
+
+    def begin(self, view: SeqView) -> Any:
+        return [p.begin(view) for p in self.parts]
+
+    def ask(
+        self, part: int, states: Sequence[Any], views: Sequence[SeqView], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        """Let a part propose; every part that draws has noise of its own."""
+        drafter = self.parts[part]
+        if part and "q" in drafter.shapes:
+            views = [replace(v, rng=DrafterRng(v.rng, part)) for v in views]
+        return drafter.propose(states, views, budgets)
+
+    def end(self, state: Any) -> None:
+        for part, own in zip(self.parts, state, strict=True):
+            part.end(own)
+
+    def observe(self, states: Sequence[Any], feedback: Sequence[Feedback]) -> None:
+        """Everybody learns from every step, but for parts that only understand their own trees."""
+        for i, part in enumerate(self.parts):
+            if not getattr(part, "own_trees_only", False):
+                part.observe([s[i] for s in states], feedback)
+
+
+def drafts(tree: TokenTree) -> int:
+    """Nodes behind the context."""
+    return len(tree) - tree.n_context
+
+
+def fuse(first: TokenTree, second: TokenTree, nodes: int) -> TokenTree:
+    """`first` with the paths of `second` hung in by longest common prefix; both have the same
+    context. At most `nodes` drafted nodes, those of `first` all kept.
+
+    A one-hot node of `second` that is there already is left out; a new one comes behind its
+    siblings. A node with a q row is never left out: where its token is there already it becomes a
+    repeated draw (DEAD: no row of its own, still refused with its q), and what hangs below it hangs
+    below the sibling that stands for it. So a walk refuses the siblings of `first` first, then
+    those of `second` on what is left, which is lossless for rows and one-hot nodes alike.
+    """
+    c, n = first.n_context, len(first)
+    extra = len(second) - second.n_context
+    if not extra:
+        return first
+    tokens, parent = first.tokens.tolist(), first.parent.tolist()
+    kind, depth = first.kind.tolist(), first.depth.tolist()
+    score = first.score.tolist() if first.score is not None else [1.0] * n
+    shift = 0 if first.q is None else len(first.q)
+    qrow = first.qrow.tolist() if first.qrow is not None else [-1] * n
+    known = {(parent[i], tokens[i]): i for i in range(n - 1, c - 1, -1) if kind[i] == 1}
+    place = {i: i for i in range(c)}  # node of `second` -> node here
+    rows = second.qrow.tolist() if second.qrow is not None else [-1] * len(second)
+    drawn = any(r >= 0 for r in rows)
+    for i in range(c, len(second)):
+        above = place.get(int(second.parent[i]))
+        if above is None:
+            continue  # its parent found no room
+        token, row = int(second.tokens[i]), rows[i]
+        there = known.get((above, token))
+        repeated = second.kind[i] == Kind.DEAD
+        if there is not None and row < 0:
+            place[i] = there
+            continue
+        if not drawn and len(tokens) - c >= nodes:
+            continue
+        place[i] = len(tokens)
+        state = Kind.CANDIDATE if there is None and not repeated else Kind.DEAD
+        if there is not None:
+            place[i] = there
+        elif state == Kind.CANDIDATE:
+            known[(above, token)] = len(tokens)
+        tokens.append(token)
+        parent.append(above)
+        kind.append(int(state))
+        depth.append(depth[above] + 1)
+        score.append(float(second.score[i]) if second.score is not None else 1.0)
+        qrow.append(row + shift if row >= 0 else -1)
+    q = first.q
+    if second.q is not None:
+        q = second.q if q is None else torch.cat([q, second.q.to(q)])
+    has_rows = first.qrow is not None or second.qrow is not None
+    return TokenTree(
+        np.array(tokens, np.int64),
+        np.array(parent, np.int64),
+        np.array(kind, np.int8),
+        np.array(depth, np.int64),
+        np.array(qrow, np.int64) if has_rows else None,
+        q,
+        np.array(score),
+        embeds=first.embeds,
+    )
+
+
+def rest(budget: Budget, tree: TokenTree) -> Budget:
+    """What `tree` leaves of a budget."""
+    return budget.clamp(nodes=budget.nodes - drafts(tree), depth=budget.depth)

@@ -1,0 +1,278 @@
+"""goodput: the draft length with the most tokens per second, on simulated machines and texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from foretell import InputError
+from foretell.control.length.estimates import Habits, Line, Record, Written, widths
+from foretell.control.length.goodput import Goodput, allocate, promise
+from foretell.core.feedback import Verdict
+from foretell.core.params import SamplingParams
+from foretell.core.protocols import Budget, BuildContext, Load, SeqView, Timings
+from foretell.core.rng import SeqRng
+from foretell.core.tree import TokenTree
+
+
+class Machine:
+    """A target, a drafter and a text, as far as a policy can see them. Seconds are exact up to
+    `noise`; acceptance(step, sequence) and found(step, sequence) are probabilities. The policy
+    sees verdicts that are drawn; what is counted is what a draft emits on average."""
+
+    def __init__(
+        self,
+        target: Callable[[int, int], float],
+        level: float,
+        acceptance: Callable[[int, int], float],
+        found: Callable[[int, int], float] = lambda step, i: 1.0,
+        longest: int = 99,
+        noise: float = 0.0,
+        fixed: float = 0.0,
+    ) -> None:
+        self.target, self.level, self.fixed, self.noise = target, level, fixed, noise
+        self.acceptance, self.found, self.longest = acceptance, found, longest
+
+    def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
+        return self.target(rows, sequences)
+
+    def observe(self, rows: int, context: int, sequences: int, seconds: float) -> None:
+        pass
+
+    def run(self, policy, load: Callable[[int], int], steps: int, seed: int = 0) -> float:
+        """Tokens per second of `steps` steps; load(step): how many sequences run."""
+        r = random.Random(seed)
+        views: list[SeqView] = []
+        emitted, elapsed = 0.0, 0.0
+        for step in range(steps):
+            while len(views) < load(step):
+                views.append(SeqView([1] * 4, 4, SamplingParams(max_tokens=1 << 20), SeqRng(1)))
+            del views[load(step) :]
+            budgets = policy.budgets(views, Load(len(views)))
+            trees, verdicts, deepest = [], [], 0
+            for i, (view, budget) in enumerate(zip(views, budgets, strict=True)):
+                k = 0 if budget.none else min(budget.depth, self.longest)
+                k = k if r.random() < self.found(step, i) else 0
+                tree = TokenTree.chain(view.tokens[-1:], [1] * k)
+                n = 0
+                while n < k and r.random() < self.acceptance(step, i):
+                    n += 1
+                path = list(range(1, n + 1))
+                verdicts.append(Verdict(path, [1] * (n + 1), min(n + 1, k)))
+                trees.append(tree)
+                view.tokens += [1] * (n + 1)
+                deepest = max(deepest, k)
+                emitted += sum(self.acceptance(step, i) ** j for j in range(k + 1))
+            rows = sum(map(len, trees))
+            asked = any(not b.none for b in budgets)
+            draft = (self.fixed if asked else 0.0) + self.level * deepest
+            target = self.target(rows, len(views))
+            elapsed += draft + target
+            jitter = r.uniform(1 - self.noise, 1 + self.noise)
+            policy.observe(
+                trees,
+                verdicts,
+                Timings(draft * jitter, target, 0.0, rows, 0, len(views), True),
+            )
+        return emitted / elapsed
+
+    def goodput(self, load, steps, **options) -> float:
+        return self.run(Goodput(self, **options), load, steps)
+
+    def best_fixed(self, load, steps) -> float:
+        class Always:
+            def __init__(self, k: int) -> None:
+                self.k = k
+
+            def budgets(self, views, load):
+                return [Budget(1 << 30 if self.k else 0, self.k)] * len(views)
+
+            def observe(self, trees, verdicts, timings):
+                pass
+
+        return max(self.run(Always(k), load, steps) for k in (0, 1, 2, 3, 4, 6, 8, 12))
+
+
+def memory_bound(rows: int, sequences: int) -> float:
+    return 1.0 + 0.02 * rows
+
+
+def compute_bound(rows: int, sequences: int) -> float:
+    return 0.1 + 0.9 * rows
+
+
+def kinked(rows: int, sequences: int) -> float:
+    """Free rows up to 16, then each costs: what a GPU does."""
+    return 1.0 if rows <= 16 else rows / 16
+
+
+def always(p: float) -> Callable[[int, int], float]:
+    return lambda step, i: p
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.6, 0.9, 0.97])
+@pytest.mark.parametrize("target", [memory_bound, compute_bound, kinked])
+def test_as_fast_as_the_best_fixed_length_and_as_none(target, alpha: float, batch: int) -> None:
+    machine = Machine(target, 0.12, always(alpha), noise=0.2)
+    steps = 600 if batch < 32 else 200
+    got = machine.goodput(lambda step: batch, steps)
+    assert got >= 0.97 * machine.best_fixed(lambda step: batch, steps)
+
+
+@pytest.mark.parametrize("found", [0.05, 0.4, 0.9])
+@pytest.mark.parametrize("target", [memory_bound, compute_bound])
+def test_drafters_that_often_find_nothing(target, found: float) -> None:
+    machine = Machine(target, 0.0, always(0.7), always(found), longest=8, fixed=0.01)
+    got = machine.goodput(lambda step: 1, 600)
+    assert got >= 0.97 * machine.best_fixed(lambda step: 1, 600)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_server_whose_load_rises_and_falls(seed: int) -> None:
+    """Drafting pays when it is quiet and not when it is full; texts differ, too."""
+    r = random.Random(seed)
+    loads = [r.choice([1, 2, 8, 24, 32]) for _ in range(8)]
+    easy = [r.choice([0.2, 0.85]) for _ in range(32)]
+    machine = Machine(kinked, 0.1, lambda step, i: easy[i])
+    load = lambda step: loads[step // 60 % 8]  # noqa: E731
+    got, best = machine.goodput(load, 480), machine.best_fixed(load, 480)
+    assert got >= 1.0 * best, "one length for all times and all texts is not the best there is"
+
+
+def test_a_text_that_turns_is_noticed_both_ways() -> None:
+    machine = Machine(memory_bound, 0.25, lambda step, i: 0.95 if 300 <= step < 900 else 0.05)
+    policy = Goodput(machine)
+    seen = []
+    original = policy.budgets
+
+    def budgets(views, load):
+        out = original(views, load)
+        seen.append(out[0].depth)
+        return out
+
+    policy.budgets = budgets  # type: ignore[method-assign]
+    machine.run(policy, lambda step: 1, 1200)
+    assert np.mean(seen[200:300]) < 0.3
+    assert np.mean(seen[600:900]) > 3
+    assert np.mean(seen[1000:]) < 0.3
+
+
+def test_probing_costs_less_than_three_percent() -> None:
+    """A drafter that is never right, and slow."""
+    machine = Machine(compute_bound, 0.5, always(0.0))
+    plain = 1 / compute_bound(1, 1)
+    assert machine.goodput(lambda step: 1, 1500) >= 0.97 * plain
+
+
+def test_choices_do_not_oscillate() -> None:
+    machine = Machine(memory_bound, 0.15, always(0.7), noise=0.3)
+    policy, seen = Goodput(machine), []
+    original = policy.budgets
+
+    def budgets(views, load):
+        seen.append([b.depth for b in original(views, load)])
+        return [Budget(1 << 30, k) for k in seen[-1]]
+
+    policy.budgets = budgets  # type: ignore[method-assign]
+    machine.run(policy, lambda step: 1, 800)
+    changes = sum(a != b for a, b in zip(seen[100:], seen[101:], strict=False))
+    assert changes < 50
+
+
+def brute_force(gain, rows, forward, draft) -> float:
+    count, most = gain.shape
+    grid = np.indices((most + 1,) * count).reshape(count, -1).T
+    return max(promise(list(levels), gain, rows, forward, draft) for levels in grid)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_allocation_is_the_best_there_is(seed: int) -> None:
+    r = np.random.default_rng(seed)
+    rates = r.uniform(0.1, 0.95, 3)
+    gain = rates[:, None] ** np.arange(1, 5)
+    rows = np.ones((3, 4))
+    slope, level = r.uniform(0.01, 0.4), r.uniform(0.0, 0.3)
+
+    def forward(n: np.ndarray) -> np.ndarray:
+        return 1 + slope * n
+
+    def draft(levels: int, sequences: int) -> float:
+        return level * levels + 0.01 * sequences
+
+    levels, rate = allocate(gain, rows, forward, draft)
+    assert rate == pytest.approx(promise(levels, gain, rows, forward, draft))
+    assert rate >= brute_force(gain, rows, forward, draft) * 0.999
+
+
+def test_allocation_of_nothing() -> None:
+    zero = np.zeros((2, 3))
+    levels, rate = allocate(zero, np.ones((2, 3)), lambda n: n, lambda k, n: 1.0)
+    assert (levels, rate) == ([0, 0], 1.0)
+
+
+def test_the_line_tells_fixed_time_from_time_per_level() -> None:
+    line = Line()
+    for x in [4] * 30:
+        line.observe(x, 0.4)
+    assert line.at(8) == pytest.approx(0.8), "nothing else is known: all of it is per level"
+    flat = Line(flat=True)
+    for x in [4] * 30:
+        flat.observe(x, 0.4)
+    assert flat.at(8) == pytest.approx(0.4)
+    for x in [1, 2, 4, 6] * 30:
+        line.observe(x, 0.3 + 0.01 * x)
+    assert line.at(8) == pytest.approx(0.38, rel=0.1)
+    before = line.at(4)
+    line.observe(4, 100.0)
+    assert line.at(4) < 2 * before, "one interruption is not the rule"
+
+
+def test_habits_know_drafts_that_end_early_and_find_nothing() -> None:
+    habits = Habits(8)
+    for step in range(400):
+        found = step % 2
+        n = 3 * found
+        habits.observe(6, [1] * n, Verdict([1, 2][:n], [1] * 3, n))
+    record = Record(habits)
+    gain, rows, found = record.curve(8)
+    assert found == pytest.approx(0.5, abs=0.05)
+    assert rows[:3] == pytest.approx([0.5] * 3, abs=0.06)
+    assert rows[3:].sum() < 0.1
+    assert gain[1] > 5 * gain[2], "the third is always refused"
+    for _ in range(30):
+        record.observe(6, 3, Verdict([], [1], 1))
+    assert record.curve(8)[0][0] < 0.4 * gain[0] + 0.1, "its own verdicts count more"
+
+
+def test_trees_count_the_rows_of_every_level() -> None:
+    tree = TokenTree.build([1, 2], [3, 4, 5, 6], [-1, -1, 0, 2])
+    assert widths(tree) == [2, 1, 1]
+    assert widths(TokenTree.context([1, 2])) == []
+
+
+def test_costs_that_the_user_wrote() -> None:
+    cost = Written([10, 10, 14])
+    assert [cost.seconds(n) for n in (1, 2, 3, 4, 6)] == [10, 10, 12, 14, 18]
+    policy = Goodput.build(None, target="10/10/10/12/14", draft=0.5)
+    assert policy.cost is not None
+    for wrong in ("10/x", "0/1", "-3"):
+        with pytest.raises(InputError, match="positive"):
+            Goodput.build(None, target=wrong)
+
+
+def test_without_costs_it_drafts_a_little_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="no costs"):
+        policy = Goodput.build(BuildContext(None))  # type: ignore[arg-type]
+    (budget,) = policy.budgets([None], Load())  # type: ignore[list-item]
+    assert budget.depth == 4
+    policy.observe([], [], Timings())
+
+
+@pytest.mark.parametrize("options", [{"tokens": 0}, {"every": 0}, {"draft": -1.0}])
+def test_options_out_of_range(options: dict) -> None:
+    with pytest.raises(InputError):
+        Goodput(Written([1.0]), **options)
