@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("FORETELL_CACHE_GB", "0")  # tests leave no weights in the user's cache
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

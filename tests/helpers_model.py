@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.core.batch import Output, PackedBatch
+from foretell.core.batch import Output, PackedBatch, Segment
 from foretell.core.errors import NoRollback
 from foretell.core.protocols import BuildContext, Caps, ModelSpec
 
@@ -70,6 +70,12 @@ class TableTxn:
         for c in self.caches:
             c.open = False
 
+    def advance(self, batch: PackedBatch) -> None:
+        """Behind layers that were run one by one."""
+        assert not self.closed
+        for segment, rows in zip(batch.segments, self.rows, strict=True):
+            rows += visible_rows(segment, len(rows))
+
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         assert not self.closed, "committed twice"
         for cache, rows, path in zip(self.caches, self.rows, paths, strict=True):
@@ -81,6 +87,17 @@ class TableTxn:
                 raise NoRollback("this cache cannot undo rows")
             cache.tokens += [rows[r][0] for r in path]
         self.__exit__()
+
+
+def visible_rows(segment: Segment, used: int) -> list[tuple[int, list[int]]]:
+    """Token of each row, and the transaction's rows that it sees; `used` rows came before."""
+    if segment.ancestors is None:
+        seen = [list(range(used + i + 1)) for i in range(len(segment))]
+    else:
+        assert segment.ancestors.shape == (len(segment), used + len(segment))
+        seen = [np.flatnonzero(row).tolist() for row in segment.ancestors]
+    assert all(rows[-1] == used + i for i, rows in enumerate(seen)), "a row does not see itself"
+    return list(zip(segment.tokens.tolist(), seen, strict=True))
 
 
 class TableModel:
@@ -99,12 +116,14 @@ class TableModel:
         caps: Caps | None = None,
         taps: Sequence[Any] | None = None,
     ) -> None:
-        self.spec = ModelSpec(vocab, 4, 2, max_positions, caps or Caps(), f"table-{seed}")
+        caps = caps or Caps(layer_access=True)
+        self.spec = ModelSpec(vocab, 4, 3, max_positions, caps, f"table-{seed}")
         self.device = torch.device("cpu")
         self.order, self.seed, self.like, self.agreement = order, seed, like, agreement
         self.sharpness = sharpness
         self.taps = taps  # the only ones that may be asked for; None = any
         self.made: dict[tuple[int, ...], Tensor] = {}
+        self.partial: list[tuple[frozenset[int], tuple[int, ...]]] = []  # see `run_layers`
         self.rows_fed = self.rows_copied = self.forwards = self.logit_rows = 0
         self.widest = 0  # most rows of one forward
         self.on_forward: Callable[[PackedBatch, TableTxn], None] = lambda batch, txn: None
@@ -139,7 +158,7 @@ class TableModel:
         self.forwards += 1
         self.rows_fed += batch.rows
         self.widest = max(self.widest, batch.rows)
-        logits, hidden = [], []
+        logits, hidden, prefixes = [], [], []
         for segment, cache, rows in zip(batch.segments, txn.caches, txn.rows, strict=True):
             assert cache.open
             assert cache.model is self, "a cache of another model"
@@ -162,17 +181,59 @@ class TableModel:
                 assert len(prefix) <= self.spec.max_positions, "beyond the context"
                 fresh.append(prefix)
                 hidden.append(float(token))
+            prefixes += fresh
             logits += [self.logits(fresh[i]) for i in wanted]
         self.logit_rows += len(logits)
         table = torch.stack(logits) if logits else torch.empty(0, self.spec.vocab)
         states = torch.tensor(hidden)[:, None].expand(-1, self.spec.hidden)
-        return Output(table, dict.fromkeys(taps, states))
+        found = dict.fromkeys(taps, states)
+        for tap in taps:
+            if isinstance(tap, int) and 0 < tap <= self.spec.layers:
+                found[tap] = self._states(frozenset(range(tap)), prefixes)
+        return Output(table, found)
+
+    def run_layers(
+        self, hidden: Tensor, batch: PackedBatch, txn: TableTxn, layers: Sequence[int]
+    ) -> Tensor:
+        """A state names its prefix and the layers that ran: [index, -1, -1, -1] into `partial`."""
+        assert not txn.closed
+        assert list(layers) == sorted(set(layers)), "layers in order, each once"
+        assert all(0 <= i < self.spec.layers for i in layers)
+        assert hidden.shape == (batch.rows, 4)
+        prefixes = []
+        for segment, cache, rows in zip(batch.segments, txn.caches, txn.rows, strict=True):
+            assert cache.open
+            assert cache.model is self, "a cache of another model"
+            fresh = [*rows, *visible_rows(segment, len(rows))]
+            for i, (_, visible) in enumerate(fresh[len(rows) :]):
+                prefix = cache.tokens + [fresh[v][0] for v in visible]
+                assert len(prefix) == segment.positions[i] + 1, "position and history disagree"
+                assert len(prefix) <= self.spec.max_positions, "beyond the context"
+                prefixes.append(prefix)
+        return self._states(frozenset(layers), prefixes)
+
+    def _states(self, layers: frozenset[int], prefixes: list[list[int]]) -> Tensor:
+        at = len(self.partial)
+        self.partial += [(layers, tuple(p)) for p in prefixes]
+        states = torch.full((len(prefixes), 4), -1.0)
+        states[:, 0] = torch.arange(at, len(self.partial))
+        return states
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(tokens % 4, 4).float()
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        return torch.zeros(len(hidden), self.spec.vocab)
+        rows = [self._after_layers(*self.partial[int(h[0])]) for h in hidden if h[1] < 0]
+        return torch.stack(rows) if rows else torch.zeros(len(hidden), self.spec.vocab)
+
+    def _after_layers(self, layers: frozenset[int], prefix: tuple[int, ...]) -> Tensor:
+        """The whole model's logits, mixed with noise for each layer that did not run."""
+        whole = self.logits(prefix)
+        for missing in sorted(set(range(self.spec.layers)) - layers):
+            r = random.Random(f"{self.seed}/{missing}/{prefix[-2:]}")
+            noise = torch.tensor([r.gauss(0, self.sharpness) for _ in range(self.spec.vocab)])
+            whole = 0.8 * whole + 0.2 * noise
+        return whole
 
 
 class Letters:

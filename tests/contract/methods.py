@@ -45,6 +45,17 @@ DRAFTERS = {
     "aggressive": ["aggressive:start=1,window=4"],
     "aded": ["aded", "aded:nodes=5,depth=3,iterations=8"],
     "stand": ["stand", "stand:nodes=4,max_ngram=2,k=3,onehot=true"],
+    "lookahead": ["lookahead", "lookahead:window=2,ngram=3,guesses=2,pool=5"],
+    "early-exit": [
+        "early-exit:layer=1,tokens=3",
+        "early-exit:layer=1,tree=dyspec,nodes=6",
+        "early-exit:layer=1,tokens=5,threshold=0.4",
+    ],
+    "self-skip": [
+        "self-skip:tokens=3,threshold=0,every=1,span=4",
+        "self-skip:skip=0.9,threshold=0.3,tree=k-ary,branching=2,tokens=2",
+    ],
+    "del": ["del", "del:tokens=3,every=1,exits=1,fade=0.5"],
     "fallback": [
         "fallback:of=prompt-lookup(min_ngram=1,tokens=2)+draft-model(tokens=3)",
         "fallback:of=suffix+none,least=2",
@@ -57,6 +68,14 @@ DRAFTERS = {
     "bandit": [
         "bandit",
         "bandit:of=draft-model(tokens=2)+suffix+none,rule=exp3",
+    ],
+    "rasd": [
+        "rasd:nodes=12",
+        f"rasd:of=draft-model(tokens=2)+retrieval(path={_store()},min_match=1),keep=4",
+    ],
+    "graft": [
+        "graft:nodes=12,prune=0.2",
+        "graft:of=draft-model(tokens=2,branching=2)+suffix(min_prob=0.05),nodes=8",
     ],
     "retrieval": [f"retrieval:path={_store()},min_match=1,nodes=9"],
 }
@@ -72,12 +91,19 @@ VERIFIERS = {
     "typical": ["typical", "typical:nucleus=0.9"],
     "reflective": ["reflective", "reflective:weight=0"],
     "judge": ["judge"],
+    "lexical-units": ["lexical-units", "lexical-units:threshold=0.3"],
 }
 LOSSLESS = ["rejection", "specinfer", "spectr", "greedy-draft", "block", "multipath"]
 POLICIES = {
     "fixed": ["fixed", "fixed:tokens=2", "fixed:nodes=3"],
-    "confidence": ["confidence:threshold=0.5", "confidence:threshold=0.2,tokens=3"],
+    "confidence": ["confidence:threshold=0.5", "confidence:threshold=0.2,tokens=3,refit=false"],
+    "entropy": ["entropy:gamma=0.5", "entropy:threshold=0.6,adapt=false"],
+    "adaptive": ["adaptive:start=2"],
+    "specdec++": ["specdec++", "specdec++:threshold=0.2,tokens=3"],
+    "goodput": ["goodput:target=10/11/12/16,draft=1,every=2"],
+    "pearl": ["pearl:tokens=3", "pearl:most=4"],
 }
+MODES = {"superposed": ["superposed"]}  # tests/unit/test_lossy_modes.py
 TREES = {  # trees are drafted by draft-model
     "chain": ["tree=chain,depth=2"],
     "k-ary": ["tree=k-ary,branching=2,tokens=2"],
@@ -95,3 +121,4 @@ DRAFTERS["draft-model"] += [f"draft-model:{spec}" for specs in TREES.values() fo
 ALL_DRAFTERS = [spec for specs in DRAFTERS.values() for spec in specs]
 SPECULATIVE = [spec for spec in ALL_DRAFTERS if spec != "none"]
 ALL_POLICIES = [spec for specs in POLICIES.values() for spec in specs]
+FOR_ANY_DRAFTER = [spec for spec in ALL_POLICIES if not spec.startswith("pearl")]

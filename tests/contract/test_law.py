@@ -167,13 +167,31 @@ def test_law_under_a_grammar(monkeypatch, draft: str, force: bool) -> None:
             break
 
 
-@pytest.mark.parametrize("policy", ["confidence:threshold=0.5", "fixed:nodes=2"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "confidence:threshold=0.5",
+        "fixed:nodes=2",
+        "specdec++:threshold=0.5",
+        "entropy:gamma=0.4",
+    ],
+)
 @pytest.mark.parametrize("draft", ["draft-model:tokens=2", "draft-model:tokens=2,branching=2"])
 def test_policies_do_not_bend_the_law(monkeypatch, draft: str, policy: str) -> None:
-    if "branching" in draft and policy.startswith("confidence"):
+    if "branching" in draft and not policy.startswith("fixed"):
         policy += ",tokens=1"
     params = SamplingParams(**SAMPLE)
     law, target, prompt = engine_law(monkeypatch, draft, params, policy=policy)
+    assert total_variation(law, target_law(target, prompt, params)) < FLOAT32
+
+
+@pytest.mark.parametrize("verify", ["rejection", "block"])
+def test_what_is_left_of_a_pipelined_block_keeps_the_law(monkeypatch, verify: str) -> None:
+    """A plain step; then, where the target said the block's first token, a step with the second."""
+    params = SamplingParams(**{**SAMPLE, "max_tokens": 3})
+    law, target, prompt = engine_law(
+        monkeypatch, "draft-model:tokens=2", params, policy="pearl:tokens=2", verify=verify
+    )
     assert total_variation(law, target_law(target, prompt, params)) < FLOAT32
 
 

@@ -22,6 +22,7 @@ METHODS = [(kind, name) for kind in registry.BUILTIN for name in registry.BUILTI
         ("verifier", methods.VERIFIERS),
         ("policy", methods.POLICIES),
         ("tree", methods.TREES),
+        ("mode", methods.MODES),
     ],
 )
 def test_every_registered_method_is_in_the_contract(kind: str, listed: dict) -> None:

@@ -20,6 +20,7 @@ from foretell.core.params import SamplingParams as Params
 from foretell.core.protocols import Budget, BuildContext, Draw, Promise, SeqView
 from foretell.core.rng import SeqRng
 from foretell.core.tree import Kind, TokenTree
+from foretell.drafters.compose import Composed
 from foretell.models.toy import ToyModel
 from helpers_grammar import ToyGrammar
 from helpers_model import TableModel, pair
@@ -62,6 +63,15 @@ def last_logits(model: Any, cache: Any, tokens: list[int]) -> torch.Tensor:
         return model.forward(PackedBatch([segment]), txn).logits[0]
 
 
+def single(drafter: Any, state: Any) -> list[tuple[Any, Any]]:
+    """The drafters that a drafter is made of, down to those that are made of none, and their
+    states."""
+    if not isinstance(drafter, Composed):
+        return [(drafter, state)]
+    parts = zip(drafter.parts, drafter.own(state), strict=True)
+    return [leaf for part, own in parts for leaf in single(part, own)]
+
+
 def models(kind: str) -> tuple[Any, BuildContext]:
     if kind == "table":
         return pair()
@@ -93,13 +103,13 @@ def test_caches_survive_any_verdict(draft: str, kind: str) -> None:
                 assert seq.cache.n == seq.view.cached < len(seq.tokens)
                 compare(target, seq.cache, seq.tokens)
                 checked["target"] += 1
-                mine = getattr(seq.draft, "cache", None)
-                if mine is not None and mine.n:
-                    mine.check()
-                    fed = seq.draft.fed
-                    assert len(fed) == mine.n
-                    compare(llm.drafter.model, mine, [*fed, 3])
-                    checked["draft"] += 1
+                for drafter, state in single(llm.drafter, seq.draft):
+                    mine = getattr(state, "cache", None)
+                    if mine is not None and mine.n:
+                        mine.check()
+                        assert len(state.fed) == mine.n
+                        compare(drafter.model, mine, [*state.fed, 3])
+                        checked["draft"] += 1
 
         def compare(model: Any, cache: Any, tokens: list[int]) -> None:
             want = last_logits(model, model.new_cache(), tokens)
@@ -245,6 +255,7 @@ def test_a_drafter_that_slept_drafts_the_same(draft: str, draw: Draw) -> None:
     whole = [1, 2, 3, 4, 1, 2]
     text = list(whole)
     awake, sleepy = view_of(text, draw), view_of(text, draw)
+    awake.cache, sleepy.cache = (context.target.new_cache() for _ in range(2))
     states = [drafter.begin(awake), drafter.begin(sleepy)]
     full, none = Budget(8, 4), Budget(0, 0)
     compared = 0
@@ -253,7 +264,8 @@ def test_a_drafter_that_slept_drafts_the_same(draft: str, draw: Draw) -> None:
         first, second = drafter.propose(states, [awake, sleepy], [full, full if rouse else none])
         if rouse:
             fresh_view = view_of(list(text), draw)
-            fresh_view.cached = awake.cached
+            fresh_view.cached, fresh_view.cache = awake.cached, context.target.new_cache()
+            fresh_view.cache.tokens[:] = text[: awake.cached]
             (third,) = drafter.propose([drafter.begin(fresh_view)], [fresh_view], [full])
             for other in (second, third):
                 drafts = [t.tokens[t.n_context :].tolist() for t in (first, other)]
@@ -267,6 +279,7 @@ def test_a_drafter_that_slept_drafts_the_same(draft: str, draw: Draw) -> None:
         accepted = first.tokens[first.n_context :].tolist()[: r.randint(0, 2)]
         text += [*accepted, r.choice([1, 2, 3, 4])]
         awake.cached = sleepy.cached = len(text) - 1
+        awake.cache.tokens[:] = sleepy.cache.tokens[:] = text[:-1]
     assert compared > 3
 
 
@@ -311,10 +324,20 @@ def test_declared_needs_are_all_a_drafter_gets_and_asks(draft: str) -> None:
 
     target.on_forward = look
     llm = LLM(target, draft=drafter, context=context, step_rows=6)
+    riders, extend = 0, llm.engine._extend
+
+    def count(turns: Any, trees: Any) -> Any:
+        nonlocal riders
+        riders += sum(int((tree.kind == Kind.RIDER).sum()) for tree in trees)
+        return extend(turns, trees)
+
+    llm.engine._extend = count
     out = llm.generate(PROMPTS, SamplingParams(max_tokens=12))
     if not drafter.needs.prompt_logits:
         assert all(n is not None for row in asked for n in row)
         total = sum(n for row in asked for n in row)
+        if drafter.needs.logits:  # of its riders as well
+            total -= riders
         assert total == sum(o.stats.steps + o.stats.drafted for o in out)
 
 

@@ -112,7 +112,8 @@ def test_stop_strings_inside_an_accepted_path(draft: str, include: bool) -> None
 def test_drafts_are_accepted_in_these_tests(draft: str) -> None:
     _, llm = agreeing(draft)
     stats = llm.generate([PROMPT], SamplingParams(max_tokens=40))[0].stats
-    assert stats.acceptance_length > (1.5 if "draft-model" in draft else 1.0)
+    always = "draft-model" in draft and not draft.startswith("bandit")  # which lets others try
+    assert stats.acceptance_length > (1.5 if always else 1.0)
 
 
 def test_streams_end_with_the_output() -> None:

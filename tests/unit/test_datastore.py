@@ -124,6 +124,30 @@ def test_matches_are_the_longest_ones_of_any_shard(tmp_path_factory, one, two, q
         assert sorted(cut) == places(query[-want:])
 
 
+@settings(max_examples=100, deadline=None)
+@given(documents, st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_rows_of_one_shard_come_in_order(tmp_path_factory, texts, query) -> None:
+    """So equal prefixes are neighbours and no two siblings are the same."""
+    store = store_of(tmp_path_factory.mktemp("store") / "s", texts)
+    matched, found = store.matches(query, 6, 1)
+    if found:
+        rows = store.continuations(found, matched, 4, 1000)
+        sure = heaviest_prefixes(rows, 20, VOCAB)
+        fast = heaviest_prefixes(rows, 20, VOCAB, ordered=True)
+        assert (
+            dict(zip(map(tuple, _paths(sure)), sure[3], strict=True))
+            == dict(zip(map(tuple, _paths(fast)), fast[3], strict=True))
+            or len(sure[0]) == 20
+        )
+
+
+def _paths(tree) -> list[list[int]]:
+    paths: list[list[int]] = []
+    for t, p in zip(tree[0].tolist(), tree[1].tolist(), strict=True):
+        paths.append([*(paths[p] if p >= 0 else []), t])
+    return paths
+
+
 def test_places_are_sampled_evenly(tmp_path) -> None:
     store = store_of(tmp_path / "s", [[1, 2, 3]] * 30 + [[1, 2, 4]] * 10)
     matched, found = store.matches([0, 1, 2], 16, 2)

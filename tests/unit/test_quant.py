@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,10 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foretell.cli.main import main
+from foretell.core.batch import PackedBatch, Segment
 from foretell.core.errors import InputError
+from foretell.core.protocols import TargetModel
 from foretell.lab import quality
+from foretell.models import kernels
 from foretell.models.load import load_model
-from foretell.models.quant import store
+from foretell.models.native import fused
+from foretell.models.native.arch import Arch
+from foretell.models.native.weights import write_random_checkpoint
+from foretell.models.quant import content, store
 from foretell.models.quant.content import file_hash, store_key
 from foretell.models.quant.formats import (
     FORMATS,
@@ -329,8 +336,6 @@ def test_the_key_follows_content_not_names(tmp_path: Path) -> None:
 def test_a_hash_is_remembered_while_the_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foretell.models.quant import content
-
     file, calls = tmp_path / "x.safetensors", []
     file.write_bytes(b"abc" * 1000)
     real = content._hash
@@ -347,8 +352,6 @@ def test_a_hash_is_remembered_while_the_file_stays(
 
 
 def test_a_hash_covers_every_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foretell.models.quant import content
-
     monkeypatch.setattr(content, "CHUNK", 1000)
     data, seen = bytearray(4500), set()
     for at in (None, 0, 999, 1000, 2345, 4499):
@@ -371,6 +374,85 @@ def test_dtypes_reach_the_model(tmp_path: Path) -> None:
         load_model(model, dtype="int5")
     sizes = [load_model(model, dtype=d).spec.weight_bytes for d in ("float32", "int8")]
     assert sizes[1] < 0.35 * sizes[0]
+
+
+def some_logits(model: TargetModel) -> Tensor:
+    with model.open([model.new_cache()]) as txn:
+        return model.forward(PackedBatch([Segment(np.arange(9), np.arange(9))]), txn).logits
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_packed_weights_come_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.delenv("FORETELL_CACHE")  # the compiled kernels stay where they are
+    monkeypatch.delenv("FORETELL_KERNELS")
+    for module in (store, content):
+        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+    if kernels.load() is None:
+        pytest.skip(str(kernels.why_not()))
+    model = tiny_checkpoint(tmp_path / "m", tied=False)
+    made = some_logits(load_model(model, dtype=dtype))
+    (entry,) = store.cached()
+    assert entry.about == {"model": "m", "format": dtype}
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_collect", lambda *_: pytest.fail("packed again"))
+        assert torch.equal(some_logits(load_model(model, dtype=dtype)), made)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 2
+    save_file(weights, model / "model.safetensors")
+    assert not torch.equal(some_logits(load_model(model, dtype=dtype)), made)
+    assert len(store.cached()) == 2
+
+
+MEMORY = """
+import sys, threading, time, torch
+from foretell.models.load import load_model
+
+def anonymous():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+
+torch.set_num_threads(1)
+before, peak, running = anonymous(), 0, True
+
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_model(sys.argv[1], dtype=sys.argv[2])
+running = False
+watcher.join()
+print(peak - before, model.spec.weight_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("kernels_setting", ["off", "auto"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantising_needs_little_memory_on_top(
+    tmp_path: Path, dtype: str, kernels_setting: str
+) -> None:
+    """Peak of anonymous memory against max(shard, quantised weights)."""
+    arch = Arch.llama(32000, 512, 12, 8, 2, 1536, tied=False)
+    write_random_checkpoint(tmp_path / "m", arch, torch.bfloat16)
+    shard = (tmp_path / "m" / "model.safetensors").stat().st_size
+    environment = dict(os.environ) | {"FORETELL_KERNELS": kernels_setting, "FORETELL_CACHE_GB": "0"}
+    environment.pop("FORETELL_CACHE", None)
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "m"), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    peak, weights = map(int, run.stdout.split())
+    assert peak <= 1.3 * max(shard, weights)
 
 
 def test_windows_predict_every_token_but_the_first(tmp_path: Path) -> None:

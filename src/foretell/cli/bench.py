@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from foretell.cli.common import dumps, note, progress, threads_for
+from foretell.cli.common import dumps, note, stage, threads_for
 from foretell.cli.options import Config
 from foretell.core.errors import InputError
 
@@ -179,7 +178,7 @@ def bench(
         curve=not no_curve,
     )
     with ExitStack() as bars:
-        hooks = Hooks(lambda text: note(text, quiet), lambda n, t: _stage(bars, n, t, quiet))
+        hooks = Hooks(lambda text: note(text, quiet), lambda n, t: stage(bars, n, t, quiet))
         run = Bench(settings, loads, out, resume, hooks, export_dir or default_folder())
         try:
             summary, source = run.measure()
@@ -209,28 +208,6 @@ def _lengths(text: str) -> list[int]:
     if any(n < 1 for n in found):
         raise InputError("--peer-tokens: at least 1.")
     return found
-
-
-def _stage(bars: ExitStack, name: str, total: int, quiet: bool) -> Callable[[int], None]:
-    """A bar on a terminal; elsewhere a line on stderr now and then."""
-    import sys
-
-    bars.close()
-    if quiet or sys.stderr.isatty():
-        return bars.enter_context(progress(name, total, quiet))
-    begin = last = time.monotonic()
-    done = 0
-
-    def advance(steps: int) -> None:
-        nonlocal done, last
-        done += steps
-        now = time.monotonic()
-        if now - last >= 20:
-            left = (now - begin) / done * (total - done)
-            note(f"{name}: {done} of {total}, about {left:.0f} s left")
-            last = now
-
-    return advance
 
 
 @app.command()

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,27 @@ def progress(text: str, total: int, quiet: bool = False) -> Iterator[Advance]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+def stage(bars: ExitStack, name: str, total: int, quiet: bool = False) -> Advance:
+    """A bar on a terminal, in place of the one that `bars` holds; elsewhere a line on stderr every
+    20 seconds. Returns what moves it on."""
+    bars.close()
+    if quiet or sys.stderr.isatty():
+        return bars.enter_context(progress(name, total, quiet))
+    begin = last = time.monotonic()
+    done = 0
+
+    def advance(steps: int) -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if now - last >= 20:
+            left = (now - begin) / done * (total - done)
+            note(f"{name}: {done} of {total}, about {left:.0f} s left")
+            last = now
+
+    return advance
 
 
 def dumps(value: Any) -> str:

@@ -57,6 +57,14 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the JSON lines to this file.")
     ] = None,
+    suggestions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="K continuations of each prompt from one forward a token (superposed decoding, "
+            "lossy; of the sampling options only --max-tokens applies).",
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No summary and no progress on stderr.")
     ] = False,
@@ -68,6 +76,9 @@ def generate(
     items = [prompts.as_chat(i, chat, system) for i in _items(prompt, prompt_file)]
     check_writable(out)
     llm = load_llm(model, quiet)
+    if suggestions is not None:
+        _suggest(llm, items, suggestions, params.max_tokens, json, out)
+        return
     begin = perf_counter()
     if not json and len(items) == 1 and items[0].rounds == 1 and params.n == 1:
         outputs: Outputs = [[_stream(llm, items[0], params, show_origin)]]
@@ -116,6 +127,25 @@ def decode(
                 done(told, outputs[told])
                 told += 1
     return outputs
+
+
+def _suggest(
+    llm: LLM, items: list[Item], k: int, max_tokens: int, json: bool, out: Path | None
+) -> None:
+    """Print k suggestions for every item, of several turns for the first one."""
+    lines = []
+    for number, item in enumerate(items, 1):
+        found = llm.suggest(prompt_ids(llm, item, []), k, max_tokens)
+        named = {} if item.id is None else {"id": item.id}
+        lines.append(dumps({**named, **found.to_json()}))
+        if json:
+            print(lines[-1], flush=True)
+            continue
+        for at, suggestion in enumerate(found.suggestions, 1):
+            note(f"-- prompt {number if item.id is None else item.id}, suggestion {at} --")
+            print(suggestion.text, flush=True)
+    if out is not None:
+        write_atomically(out, "\n".join(lines) + "\n")
 
 
 def prompt_ids(llm: LLM, item: Item, answers: list[str]) -> list[int]:

@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "forward": ("foretell.cli.lab_forward", "what a forward of the target costs by rows"),
     "quality": ("foretell.cli.lab_quality", "what a weight format costs: bits per byte, agreement"),
     "verifiers": ("foretell.cli.lab_verifiers", "what each rule accepts, and the most it could"),
+    "methods": ("foretell.cli.lab_methods", "the table of methods: all of them, measured"),
     "cache": ("foretell.cli.lab_cache", "list or clear the cache of packed weights"),
 }
 

@@ -231,6 +231,9 @@ class SeqView:
     plain: bool = True
     """No processor but temperature: the order of the logits is the order of the probabilities."""
     effort: Any = None  # what the length policy has learned of this sequence
+    cache: KVCache | None = None
+    """The target's own cache of the sequence, for drafters that run its layers: they may open a
+    transaction on it inside `propose` or `observe` and must roll it back."""
 
     @property
     def pending(self) -> list[int]:

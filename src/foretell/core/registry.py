@@ -30,9 +30,15 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "aded": "foretell.drafters.aded:Aded",
             "stand": "foretell.drafters.stand:Stand",
             "retrieval": "foretell.drafters.retrieval:Retrieval",
+            "lookahead": "foretell.drafters.lookahead:Lookahead",
+            "early-exit": "foretell.drafters.early_exit:EarlyExit",
+            "self-skip": "foretell.drafters.self_skip:SelfSkip",
+            "del": "foretell.drafters.del_exit:DynamicExit",
             "fallback": "foretell.drafters.fallback:Fallback",
             "merge": "foretell.drafters.merge:Merge",
             "bandit": "foretell.drafters.bandit:Bandit",
+            "rasd": "foretell.drafters.rasd:Rasd",
+            "graft": "foretell.drafters.graft:Graft",
         },
         "verifier": {
             "greedy": "foretell.verify.greedy:Greedy",
@@ -46,10 +52,16 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "typical": "foretell.verify.typical:Typical",
             "reflective": "foretell.verify.reflective:Reflective",
             "judge": "foretell.verify.judge:Judge",
+            "lexical-units": "foretell.verify.lexical_units:LexicalUnits",
         },
         "policy": {
             "fixed": "foretell.control.length.fixed:Fixed",
             "confidence": "foretell.control.length.confidence:Confidence",
+            "entropy": "foretell.control.length.entropy:Entropy",
+            "adaptive": "foretell.control.length.adaptive:Adaptive",
+            "specdec++": "foretell.control.length.specdecpp:SpecDecPlusPlus",
+            "goodput": "foretell.control.length.goodput:Goodput",
+            "pearl": "foretell.control.length.pearl:Pearl",
         },
         "tree": {
             "chain": "foretell.drafters.trees.chain:Chain",
@@ -62,6 +74,9 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "rsd-c": "foretell.drafters.trees.rsd_c:RsdC",
             "rsd-s": "foretell.drafters.trees.rsd_s:RsdS",
             "specinfer": "foretell.drafters.trees.specinfer:SpecInfer",
+        },
+        "mode": {  # ways to generate that draft nothing
+            "superposed": "foretell.engine.superposed:Superposed",
         },
     }
 )
@@ -185,6 +200,10 @@ def _convert(spec: Spec, function: Any) -> dict[str, Any]:
             hint = suggest(key, known) if known else "it takes no options."
             raise InputError(f"'{spec.name}' has no option '{key}': {hint}")
         result[key] = _cast(spec.name, key, value, hints.get(key, str))
+    missing = [p.name for p in parameters if p.name in known and p.default is p.empty]
+    missing = [name for name in missing if name not in result]
+    if missing:
+        raise InputError(f"'{spec.name}' needs {missing[0]}=...: {spec.name}:{missing[0]}=VALUE.")
     return result
 
 

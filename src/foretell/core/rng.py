@@ -119,19 +119,21 @@ class SeqRng:
 
 
 class DrafterRng(SeqRng):
-    """The same numbers but for a drafter's own draws, which are those of drafter `index`: several
-    that draw for one sequence in one step must not share their noise."""
+    """The same numbers but for a drafter's own draws, which are those of part `index` of a drafter
+    that owns `rng`: several that draw for one sequence in one step must not share their noise.
+    Parts may be made of parts."""
 
-    __slots__ = ("index",)
+    __slots__ = ("own",)
 
     def __init__(self, rng: SeqRng, index: int) -> None:
         super().__init__(rng.seed)
-        self._recent, self.index = rng._recent, index
+        self._recent = rng._recent
+        above = rng.own if isinstance(rng, DrafterRng) else 0
+        self.own = mix((above + _GOLDEN * (index + 1)) & _MASK)
 
     def key(self, position: int, purpose: Purpose, salt: int = 0) -> int:
-        if purpose is Purpose.DRAFT:
-            salt += self.index << 52  # beyond every salt that a position and a node make
-        return super().key(position, purpose, salt)
+        k = super().key(position, purpose, salt)
+        return mix(k ^ self.own) if purpose is Purpose.DRAFT else k
 
 
 _KEEP = 16  # rows of recent noise a sequence holds on to

@@ -200,9 +200,11 @@ class TokenTree:
         return int(self.depth[node] - self.depth[self.tip])
 
     def kill(self, illegal: np.ndarray) -> None:
-        """Mark drafted nodes where `illegal` [N] is true, and all below them, as DEAD."""
+        """Mark drafted nodes where `illegal` [N] is true, and all below them, as DEAD. Riders are
+        never emitted, so that nothing forbids them."""
         for i in range(self.n_context, len(self)):
-            if illegal[i] or self.kind[self.parent[i]] == Kind.DEAD:
+            forbidden = illegal[i] and self.kind[i] != Kind.RIDER
+            if forbidden or self.kind[self.parent[i]] == Kind.DEAD:
                 self.kind[i] = Kind.DEAD
         self._live = None
 

@@ -140,5 +140,18 @@ class DraftModel:
             self.shape.spent(forwards, perf_counter() - start)
         return [g.tree() for g in growers]
 
+    def imagine(
+        self,
+        states: Sequence[DraftState],
+        views: Sequence[SeqView],
+        budgets: Sequence[Budget],
+        known: Sequence[int],
+    ) -> list[TokenTree]:
+        """As `propose`, on texts of which only the first known[b] ids are committed."""
+        trees = self.propose(states, views, budgets)
+        for state, n in zip(states, known, strict=True):
+            state.sure = min(state.sure, n)
+        return trees
+
     def _shape(self, state: DraftState) -> TreeShape:
         return state.shape or self.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
@@ -101,6 +102,12 @@ class Retrieval:
     ) -> list[TokenTree]:
         return [self._one(v, b) for v, b in zip(views, budgets, strict=True)]
 
+    def after(self, state: None, view: SeqView, path: Sequence[int], budget: Budget) -> TokenTree:
+        """What follows the text and `path`, which is not part of it (yet): a tree whose context
+        ends with `path`."""
+        tail = [*view.tokens[-self.max_match :], *path]
+        return self._one(replace(view, tokens=tail, cached=0), budget)
+
     def _one(self, view: SeqView, budget: Budget) -> TokenTree:
         if budget.none:
             return TokenTree.context(view.pending)
@@ -115,6 +122,6 @@ class Retrieval:
         depth, nodes = min(self.depth, budget.depth), min(self.nodes, budget.nodes)
         rows = self.store.continuations(found, matched, depth, self.samples)
         tokens, parents, levels, scores = heaviest_prefixes(
-            rows, nodes, self.store.vocab, budget.branching
+            rows, nodes, self.store.vocab, budget.branching, ordered=len(found) == 1
         )
         return grown(view.pending, tokens, parents, levels, scores, stop=budget.stop)

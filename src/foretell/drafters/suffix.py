@@ -126,11 +126,28 @@ class Suffix:
     ) -> list[TokenTree]:
         return [self._one(s, v, b) for s, v, b in zip(states, views, budgets, strict=True)]
 
-    def _one(self, state: SuffixState, view: SeqView, budget: Budget) -> TokenTree:
+    def after(
+        self, state: SuffixState, view: SeqView, path: Sequence[int], budget: Budget
+    ) -> TokenTree:
+        """What followed the text and `path`, which is not part of it (yet), in the text itself:
+        a tree whose context ends with `path`."""
+        context = [*view.pending, *path]
         if budget.none:
-            return TokenTree.context(view.pending)
+            return TokenTree.context(context)
+        self._read(state, view.tokens)
+        place = state.own.follow(state.own.repeated(), path)
+        found = best_draft(state.own, place, self._limits(budget))
+        if not found.tokens:
+            return TokenTree.context(context)
+        return self._tree(context, found, budget)
+
+    def _read(self, state: SuffixState, tokens: list[int]) -> None:
+        state.own.extend(tokens[state.known :])
+        state.known = len(tokens)
+
+    def _limits(self, budget: Budget) -> Limits:
         own = self.limits
-        limits = Limits(
+        return Limits(
             min(own.nodes, budget.nodes),
             min(own.depth, budget.depth),
             min(own.branching, budget.branching),
@@ -138,18 +155,24 @@ class Suffix:
             own.offset,
             own.min_prob,
         )
-        tokens = view.tokens
-        state.own.extend(tokens[state.known :])
-        state.known = len(tokens)
+
+    def _one(self, state: SuffixState, view: SeqView, budget: Budget) -> TokenTree:
+        if budget.none:
+            return TokenTree.context(view.pending)
+        limits, tokens = self._limits(budget), view.tokens
+        self._read(state, tokens)
         found = best_draft(state.own, state.own.repeated(), limits)
         if state.shared and self.past:
             found = self._look_back(state, tokens, limits, found)
         if not found.tokens:
             return TokenTree.context(view.pending)
+        return self._tree(view.pending, found, budget)
+
+    def _tree(self, context: Sequence[int], found: Found, budget: Budget) -> TokenTree:
         parents, probs = np.array(found.parents), np.array(found.probs)
         scores = probs / np.where(parents < 0, 1.0, probs[parents])
         drafted, levels = np.array(found.tokens), np.array(found.levels)
-        return grown(view.pending, drafted, parents, levels, scores, stop=budget.stop)
+        return grown(context, drafted, parents, levels, scores, stop=budget.stop)
 
     def _look_back(
         self, state: SuffixState, tokens: list[int], limits: Limits, found: Found

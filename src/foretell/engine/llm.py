@@ -19,8 +19,8 @@ from foretell.core.params import SamplingParams
 from foretell.core.protocols import (
     BuildContext,
     Constraint,
-    Draw,
     Drafter,
+    Draw,
     LengthPolicy,
     Promise,
     SeqView,
@@ -32,9 +32,11 @@ from foretell.core.rng import SeqRng, fresh_seed
 from foretell.engine.cost import MeasuredCost, cache_folder
 from foretell.engine.loop import Engine
 from foretell.engine.outputs import RequestOutput, SampleOutput
+from foretell.engine.pipelined import PipelinedEngine
 from foretell.engine.scheduler import Scheduler
 from foretell.engine.sequence import Sequence as EngineSequence
 from foretell.engine.sequence import TokenEvent
+from foretell.engine.superposed import Suggestions, Superposed
 from foretell.models.load import find_checkpoint, load_model
 from foretell.models.text.stream import StreamDecoder
 from foretell.models.text.tokenizer import Tokenizer
@@ -120,7 +122,8 @@ class LLM:
             model.new_cache,
             reuse=model.spec.caps.rollback,
         )
-        self.engine = Engine(model, self.drafter, self.policy, scheduler, context.cost)
+        kind = PipelinedEngine if getattr(self.policy, "pipelined", False) else Engine
+        self.engine = kind(model, self.drafter, self.policy, scheduler, context.cost)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
 
@@ -305,6 +308,14 @@ class LLM:
     ) -> RequestOutput:
         """Answer a conversation of ``{"role": .., "content": ..}`` messages."""
         return self.generate([self.chat_ids(messages)], params, **overrides)[0]
+
+    def suggest(self, prompt: Prompt, k: int = 3, max_tokens: int = 16) -> Suggestions:
+        """k continuations of a prompt from one forward a token (superposed decoding; lossy): for
+        suggestions to choose from. k = 1 is greedy decoding. No other parameter applies."""
+        tokenizer = self.tokenizer
+        ends = tokenizer.eos_ids if tokenizer else frozenset()
+        text = tokenizer.decode if tokenizer else lambda ids: ""
+        return Superposed(k, max_tokens)(self.model, self.encode(prompt), ends, text)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt ids of a conversation, by the model's chat template."""

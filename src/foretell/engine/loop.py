@@ -69,6 +69,7 @@ class Engine:
         self.moved = False  # whether the last step had anything to run
 
     def _begin(self, seq: Sequence) -> None:
+        seq.view.cache = seq.cache
         seq.draft = self.drafter.begin(seq.view)
         if not seq.stats.start:
             seq.stats.start = perf_counter()
@@ -77,6 +78,7 @@ class Engine:
         if seq.draft is not None:
             self.drafter.end(seq.draft)
             seq.draft = None
+        seq.view.cache = None
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:

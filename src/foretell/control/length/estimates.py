@@ -80,6 +80,7 @@ class Habits:
     """
 
     KEEP, WEIGHT = 0.99, 4.0
+    LEVEL = 16.0  # observations that the mean over levels is worth to each of them
     PRIOR = 0.7  # acceptance, until there are verdicts
 
     def __init__(self, most: int) -> None:
@@ -102,9 +103,11 @@ class Habits:
         """Acceptance over all levels."""
         return (self.won.sum() + self.WEIGHT * self.PRIOR) / (self.tried.sum() + self.WEIGHT)
 
-    def rates(self) -> np.ndarray:
-        """[most] P(accepted | the level above was)."""
-        return (self.won + self.WEIGHT * self.mean) / (self.tried + self.WEIGHT)
+    def shape(self) -> np.ndarray:
+        """[most] how each level's acceptance compares with the mean."""
+        plain = self.won.sum() / max(self.tried.sum(), 1e-9)
+        prior = self.LEVEL * self.mean
+        return (self.won + prior) / (self.tried * plain + prior)
 
     def there(self) -> np.ndarray:
         """[most] P(drafted | asked for, the level above was drafted)."""
@@ -128,11 +131,12 @@ class Record:
     idle: int = 0  # steps since it last drafted
     drafted: bool = False  # at least once
 
-    KEEP_VERDICT = 0.9
-    WEIGHT = 3.0  # observations of its own that the habits are worth
+    KEEP = 0.96
+    WEIGHT = 10.0  # observations of its own that the habits are worth
+    HOPE = 0.7  # standard deviations: what nobody has tried often may be better than it looked
 
     def observe(self, asked: int, deep: int, verdict: Verdict) -> None:
-        k = self.KEEP_VERDICT
+        k = self.KEEP
         self.asks, self.found = k * self.asks + 1, k * self.found + (deep > 0)
         if verdict.checked:
             self.tried = k * self.tried + verdict.checked
@@ -142,10 +146,11 @@ class Record:
         """For levels 1..most what each is expected to add: emitted tokens and forward rows; and
         how often anything is drafted."""
         h, w = self.habits, self.WEIGHT
-        there, rates = h.there()[:most], h.rates()[:most]
+        there = h.there()[:most]
         found = (self.found + w * there[0]) / (self.asks + w)
-        own = (self.won / max(h.mean, 1e-3) + w) / (self.tried + w)  # against the habits
-        rates = np.clip(rates * own, 0.0, 0.995)
+        own = (self.won + w * h.mean) / (self.tried + w)
+        own += self.HOPE * float(np.sqrt(own * (1 - own) / (self.tried + w)))
+        rates = np.clip(own * h.shape()[:most], 0.0, 0.995)
         exist = found * np.cumprod(np.concatenate([[1.0], there[1:]]))
         return exist * np.cumprod(rates), exist * h.widths()[:most], float(found)
 

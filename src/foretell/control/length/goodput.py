@@ -24,7 +24,7 @@ from foretell.core.protocols import (
 from foretell.core.tree import TokenTree
 
 FALLBACK = 4  # levels, where nothing is known about costs
-START = 4  # most levels while the time of a draft is unknown
+START = 2  # most levels while the time of a draft is unknown
 
 
 class Goodput:
@@ -55,7 +55,7 @@ class Goodput:
 
     MARGIN = 0.03
     PROBES = 0.015
-    DEPTH = 2  # levels of a probe
+    DEPTH = 1  # levels of a probe
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Goodput:
         self.verifying = Line(flat=True)  # seconds by rows
         self.views: list[SeqView] = []
         self.asked: list[int] = []
+        self.steps = 0
         self.age = 0  # steps since the choice was made
         self.rate = 0.0  # tokens per second it promises
         self.credit = 0.0  # seconds that probes may take
@@ -118,8 +119,8 @@ class Goodput:
         )
         self.views, self.probing = list(views), False
         records = [self._record(v) for v in views]
-        self.age += 1
-        if not same or self.age >= self.every:
+        self.age, self.steps = self.age + 1, self.steps + 1
+        if not same or self.age >= min(self.every, self.steps // 4):
             self._choose(records, same)
         levels = [r.tokens for r in records]
         if 0 in levels:

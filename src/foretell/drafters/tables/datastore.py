@@ -133,15 +133,26 @@ class Shard:
     order: memoryview  # uint32
     tokens: np.ndarray  # [n] of the file's own big-endian type
 
-    def find(self, key: bytes, width: int, lo: int, hi: int) -> tuple[int, int]:
-        """Range of the suffix array, within lo..hi, of the suffixes that begin with `key`."""
-        text, size = self.text, len(key)
+    def first(self, key: bytes, width: int) -> int:
+        """Place in the suffix array of the first suffix that begins with `key`; -1 = none does."""
+        text, size, order = self.text, len(key), self.order
 
         def head(start: int) -> bytes:
-            return bytes(text[start * width : start * width + size])
+            at = start * width
+            return text[at : at + size].tobytes()
 
-        first = bisect_left(self.order, key, lo, hi, key=head)
-        return first, bisect_right(self.order, key, first, hi, key=head)
+        place = bisect_left(order, key, key=head)
+        return place if place < len(order) and head(order[place]) == key else -1
+
+    def last(self, key: bytes, width: int, first: int) -> int:
+        """The place behind the last suffix that begins with `key`, given that of the first."""
+        text, size = self.text, len(key)
+        return bisect_right(
+            self.order,
+            key,
+            first,
+            key=lambda start: text[start * width : start * width + size].tobytes(),
+        )
 
 
 class Datastore:
@@ -195,23 +206,22 @@ class Datastore:
         best, found = 0, []
         for shard in self.shards:
             lo, hi = max(shortest, best), longest  # what occurs is monotone in the length
-            where = None
+            n, place = 0, -1
             while lo <= hi:
-                n = (lo + hi + 1) // 2 if where is not None else lo
-                first, last = shard.find(key[len(key) - n * w :], w, 0, len(shard.order))
-                if first < last:
-                    where = (n, first, last)
-                    lo = n + 1
-                elif where is None:
-                    break
+                m = (lo + hi + 1) // 2 if n else lo
+                at = shard.first(key[len(key) - m * w :], w)
+                if at >= 0:
+                    n, place, lo = m, at, m + 1
+                elif n:
+                    hi = m - 1
                 else:
-                    hi = n - 1
-            if where is None:
+                    break
+            if not n:
                 continue
-            if where[0] > best:
-                best, found = where[0], []
-            if where[0] == best:
-                found.append((shard, where[1], where[2]))
+            if n > best:
+                best, found = n, []
+            if n == best:
+                found.append((shard, place, shard.last(key[len(key) - n * w :], w, place)))
         return best, found
 
     def continuations(
@@ -233,12 +243,14 @@ class Datastore:
 
 
 def heaviest_prefixes(
-    rows: np.ndarray, nodes: int, vocab: int, branching: int = 1 << 30
+    rows: np.ndarray, nodes: int, vocab: int, branching: int = 1 << 30, ordered: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The `nodes` most frequent prefixes of `rows` [r, d] as a tree: tokens, parents (-1 = root),
     levels, and how often each followed its parent; [n] each, parents first, the heavier of two
-    siblings first. A token >= vocab ends its row. branching: most children of a node."""
-    rows = rows[np.lexsort(rows.T[::-1])]
+    siblings first. A token >= vocab ends its row. branching: most children of a node; ordered:
+    equal prefixes are neighbours, as in the rows of one suffix array."""
+    if not ordered:
+        rows = rows[np.lexsort(rows.T[::-1])]
     r, d = rows.shape
     alive = np.logical_and.accumulate(rows < vocab, axis=1)
     change = np.ones((r, d), bool)

@@ -606,6 +606,11 @@ int forward(const Model& m, const Call& c) {
     const int64_t r = c.logit_rows ? c.logit_rows[i] : i;
     if (r < 0 || r >= c.rows) return BAD_ROW;
   }
+  for (int64_t i = 0; i < c.turn_count; ++i)
+    for (int64_t r = 0; r < c.rows; ++r) {
+      const int64_t row = c.turns[i].index[r];
+      if (row < 0 || row >= c.turns[i].rows) return SHORT_TABLE;
+    }
   KeyPlan& plan = arena.plan;
   if (c.layer_count) plan.make(m, c);
   const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(c.threads, max_threads()));

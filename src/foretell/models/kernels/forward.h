@@ -45,14 +45,15 @@ struct Segment {
   int64_t begin, rows;  // packed rows begin .. begin + rows
   void* cache;          // [L, capacity, 2, Hkv, D]
   int64_t capacity, committed, used;  // rows committed .. used belong to the open transaction
-  const int64_t* positions;           // of the cache's rows
+  int64_t* positions;                 // of the cache's rows; those of the new ones are written
   const uint8_t* ancestors;           // [rows, used - committed + rows] or null: a chain
   int64_t ancestor_stride;
 };
 
 struct Turns {
-  const float* table;    // [.., 2, dim / 2] cosines and sines
+  const float* table;    // [rows, 2, dim / 2] cosines and sines
   const int64_t* index;  // [T] row of the table
+  int64_t rows;
 };
 
 struct Copy {  // a row or a layer and a float buffer
@@ -68,6 +69,7 @@ struct Call {
   const float* x_in;         // [T, H]
   float* x_out;              // [T, H] after the last layer, or null
   const Turns* turns;
+  int64_t turn_count;
   const int64_t* layers;  // which, in order
   int64_t layer_count;
   const int64_t* logit_rows;  // [logit_count], or null: the first logit_count
@@ -94,7 +96,7 @@ struct KeyPlan {
   void make(const Model& m, const Call& c);
 };
 
-enum Outcome { DONE = 0, BAD_TOKEN = 1, BAD_POSITION = 2, NO_MEMORY = 3, BAD_ROW = 4 };
+enum Outcome { DONE = 0, BAD_TOKEN = 1, BAD_POSITION = 2, NO_MEMORY = 3, BAD_ROW = 4, SHORT_TABLE = 5 };
 
 int forward(const Model& m, const Call& c);
 

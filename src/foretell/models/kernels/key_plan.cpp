@@ -10,7 +10,7 @@ namespace {
 bool whole_chain(const Segment& s, int64_t row, int64_t position, int64_t window) {
   if (s.ancestors) return false;
   if (!window) return true;
-  const int64_t* p = s.positions + s.committed;  // the caller has written the new rows' positions
+  const int64_t* p = s.positions + s.committed;
   for (int64_t j = 0; j <= s.used - s.committed + row; ++j)
     if (position - p[j] >= window) return false;
   return true;
@@ -22,6 +22,10 @@ void KeyPlan::make(const Model& m, const Call& c) {
   keys.assign(m.windows.size() * (size_t)c.rows, Keys{});
   lists.clear();
   most = 0;
+  for (int64_t b = 0; b < c.segment_count; ++b) {
+    const Segment& s = c.segments[b];
+    std::copy(c.positions + s.begin, c.positions + s.begin + s.rows, s.positions + s.used);
+  }
   for (size_t w = 0; w < m.windows.size(); ++w) {
     const int64_t window = m.windows[w];
     for (int64_t b = 0; b < c.segment_count; ++b) {
@@ -31,8 +35,8 @@ void KeyPlan::make(const Model& m, const Call& c) {
         const int64_t position = c.positions[s.begin + i];
         Keys& k = keys[w * (size_t)c.rows + (size_t)(s.begin + i)];
         if (window) {  // committed positions increase
-          const int64_t* end = s.positions + s.committed;
-          k.low = std::upper_bound(s.positions, end, position - window) - s.positions;
+          const int64_t* begin = s.positions;
+          k.low = std::upper_bound(begin, begin + s.committed, position - window) - begin;
         }
         k.mid = s.committed;
         const size_t before = lists.size();

@@ -33,7 +33,8 @@ struct Matrix {
 };
 
 // data: packed_bytes(...) bytes as written by the packer, 64-byte aligned (may be read-only).
-Matrix make_matrix(int format, int64_t n, int64_t k, int group, const void* data, const float* bias);
+Matrix make_matrix(int format, int64_t n, int64_t k, int group, const void* data,
+                   const float* bias);
 int64_t packed_bytes(int format, int64_t n, int64_t k, int group);  // -1: no such format
 int64_t padded_inputs(int format, int64_t k);
 

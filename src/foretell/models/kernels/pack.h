@@ -17,8 +17,8 @@ enum PackResult {
 // Rows of weights, [.., k] contiguous. Row r of the matrix is row (index ? index[r] : r) - first
 // of `data`: `index` permutes outputs, `first` lets a caller pass a slice of the rows.
 // SOURCE_INT8 brings integers with their scales ([rows] or [rows, k / group]); floats for INT8 and
-// INT4 are quantised here: scale = absmax / 127, or for INT4 the one of a few candidates that leaves
-// the least squared error, rounded to float16.
+// INT4 are quantised here: scale = absmax / 127, or for INT4 the one of a few candidates that
+// leaves the least squared error, rounded to float16.
 struct Source {
   int dtype;
   const void* data;

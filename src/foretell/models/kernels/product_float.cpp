@@ -13,9 +13,9 @@ constexpr int HEIGHT = 3;
 #else
 constexpr int HEIGHT = 1;
 #endif
-// Inputs per block when there are more rows than one tile: a block of a panel as floats is 16 KB,
-// which stays in L1, with the activations, while the tiles pass over it. Accumulators wait in `sums` between blocks; the
-// chain of each output is the same as without blocks.
+// Inputs per block when there are many rows: a block of a panel as floats is 16 KB, which stays in
+// L1, beside the activations, while the tiles pass over it. Accumulators wait in `sums` between
+// blocks; the chain of each output is the same as without blocks.
 constexpr int DEPTH = 128;
 constexpr int ROWS = 128;  // rows whose accumulators are kept: 16 KB
 
@@ -38,9 +38,9 @@ FT_INLINE void save_sums(const v16 (&acc)[R][2], float* sums) {
 }
 
 // acc[r] += x[r][i] * w[i] for i in [0, depth); w is [depth][32]
-template <int R>
+template <int R, class A>
 FT_INLINE void chain_f32(v16 (&acc)[R][2], const float* w, const float* x, int64_t ld,
-                         int64_t depth, const Ahead& ahead) {
+                         int64_t depth, const A& ahead) {
   for (int64_t i = 0; i < depth; ++i, w += PANEL) {
     ahead.ask(i);
     const v16 w0 = load(w), w1 = load(w + LANES);
@@ -121,19 +121,30 @@ struct WholeBF16 {
   }
 };
 
-struct BlockF32 {
+// A block that lies widened in L1: only the next one, as it is stored, is asked for.
+struct NextBlock {
+  const uint8_t* at;
+  FT_INLINE void ask(int64_t step) const { prefetch(at + step * 64); }
+};
+
+template <bool NARROW>
+struct Block {
   const float* w;
   const float* x;
   int64_t ld, depth;
-  float* sums;     // [rows][32]
-  bool first;   // start at zero instead of at `sums`
+  float* sums;            // [rows][32]
+  bool first;             // start at zero instead of at `sums`
   const uint8_t* source;  // the block as it is stored, of `bytes` bytes
   int64_t bytes;
   template <int R>
   FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 acc[R][2];
     load_sums<R>(acc, first ? nullptr : sums + row * PANEL);
-    chain_f32<R>(acc, w, x + row * ld, ld, depth, ahead_of(source, bytes, tile, tiles));
+    const float* from = x + row * ld;
+    if constexpr (NARROW)
+      chain_f32<R>(acc, w, from, ld, depth, NextBlock{tile ? source : source + bytes});
+    else
+      chain_f32<R>(acc, w, from, ld, depth, ahead_of(source, bytes, tile, tiles));
     save_sums<R>(acc, sums + row * PANEL);
   }
 };
@@ -141,8 +152,8 @@ struct BlockF32 {
 void widen(const uint8_t* w, float* wide, int64_t depth) {
   const v16u high = (v16u)splat_i((int32_t)0xffff0000);
   for (int64_t i = 0; i < depth; i += 2, w += 128, wide += 2 * PANEL) {
-    prefetch(w + AHEAD);
-    prefetch(w + AHEAD + 64);
+    prefetch(w + AHEAD_L1);
+    prefetch(w + AHEAD_L1 + 64);
     const v16u a = load_u(w), b = load_u(w + 64);
     store(wide, as_float(a << 16));
     store(wide + 16, as_float(b << 16));
@@ -166,7 +177,8 @@ void blocked(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out&
         widen(source, wide, depth);
         w = wide;
       }
-      const BlockF32 block{w, rows.x + row * rows.ld + at, rows.ld, depth, sums, at == 0, source, bytes};
+      const float* x = rows.x + row * rows.ld + at;
+      const Block<NARROW> block{w, x, rows.ld, depth, sums, at == 0, source, bytes};
       each_tile<HEIGHT>(count, block);
     }
     deliver(out, row, (int)count, sums);

@@ -81,7 +81,7 @@ struct Tile {
       }
       const v16 s0 = load_half((const uint16_t*)p), s1 = load_half((const uint16_t*)p + LANES);
       p += PANEL * 2;
-      ahead.near += steps * 128 + PANEL * 2;
+      ahead.stream += steps * 128 + PANEL * 2;
       ahead.far += steps * 64 + PANEL;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {

@@ -123,10 +123,14 @@ FT_INLINE float maximum(v16 v) {
 
 // 16 bfloat16 <-> 16 float (to bfloat16: nearest, halves to even; NaN stays NaN)
 FT_INLINE v16 load_bf16(const uint16_t* p) {
+#if defined(FT_AVX512)  // the compiler widens in halves
+  return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   typedef uint16_t h16 __attribute__((vector_size(32)));
   h16 h;
   memcpy(&h, p, 32);
   return (v16)(__builtin_convertvector(h, v16u) << 16);
+#endif
 }
 FT_INLINE void store_bf16(uint16_t* p, v16 v) {
   typedef uint16_t h16 __attribute__((vector_size(32)));
@@ -184,7 +188,7 @@ FT_INLINE v16 load_half(const uint16_t* p) {
 #endif
 }
 
-// Into L2. Streams that ask for L1 run out of the few buffers there are for lines on their way.
-FT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+FT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+FT_INLINE void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace ft

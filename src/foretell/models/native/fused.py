@@ -29,6 +29,7 @@ from foretell.models.native.rotations import Rotations
 from foretell.models.native.weights import RandomSource, Source, read_config
 from foretell.models.quant.checkpoints import open_checkpoint
 from foretell.models.quant.formats import WeightFormat
+from foretell.models.quant.packed import cached_weights, keep
 
 Progress = Callable[[float, str], None]
 
@@ -45,8 +46,8 @@ _SIGNATURES = {
     "ft_model_table": (None, (_P, _L, _P, _L, _L)),
     "ft_forward": (ctypes.c_int, (_P, _P)),
 }
-_CALL = 20  # numbers of a Call (models/kernels/forward.h), before its lists
-_SEGMENT = 9
+_SHORT_TABLE = 5
+_CALL = 21  # numbers of a Call (models/kernels/forward.h), before its lists
 
 
 class FusedModel:
@@ -113,7 +114,12 @@ class FusedModel:
         """From a checkpoint directory. InputError when it is damaged or of an unknown family."""
         config = read_config(folder)
         arch, names = describe(config)
-        return cls(arch, names, open_checkpoint(folder, config), kind, folder.name, progress)
+        source = open_checkpoint(folder, config)
+        key, packed = cached_weights(folder, kind, progress)
+        model = cls(arch, names, source, kind, folder.name, progress, packed)
+        if key is not None and packed is None:
+            keep(key, model.packed, folder.name, kind)
+        return model
 
     @classmethod
     def random(
@@ -149,17 +155,18 @@ class FusedModel:
 
     # -- the forward
 
-    @torch.inference_mode()
     def forward(self, batch: PackedBatch, txn: ContiguousTxn, taps: Sequence[Tap] = ()) -> Output:
         """Run all layers over `batch` (core/protocols.py).
 
         taps: "embed", a layer index l (the input of layer l; L is the output of the last), "last"
         (after the final norm); each comes back as [T, H] float32.
         """
+        # A forward streams all weights through the caches, so this code runs cold every time: what
+        # counts is how many different things it touches.
         hidden = self._buffers(taps, batch.rows) if taps else {}
-        wanted = batch.logit_rows()
-        count = batch.rows if wanted is None else len(wanted)
-        logits = torch.empty(count, self.arch.vocab)
+        segments = batch.segments
+        wanted = segments[0].logits if len(segments) == 1 else batch.logit_rows()
+        logits = torch.empty(batch.rows if wanted is None else len(wanted), self.arch.vocab)
         self._run(batch, txn, self._layers, logits=logits, wanted=wanted, hidden=hidden)
         txn.advance(batch)
         return Output(logits, hidden)
@@ -174,7 +181,9 @@ class FusedModel:
         """[n, H] after the last layer, before the final norm -> logits [n, V] float32."""
         x = hidden.to(self.device, torch.float32).contiguous()
         logits = torch.empty(len(x), self.arch.vocab)
-        self._call([0] * _CALL, len(x), x_in=x, logits=logits)
+        code = self._call([0] * _CALL, len(x), x_in=x, logits=logits)
+        if code:
+            raise self._problem(code)
         return logits
 
     @torch.inference_mode()
@@ -226,34 +235,43 @@ class FusedModel:
             raise ValueError("one segment a cache, please")
         if not txn.open:
             raise RuntimeError("the transaction is closed")
-        keep: list[object] = [layers]  # what the addresses point into
+        keep: list[object] = []  # what the addresses point into
         numbers = [0] * _CALL
         for segment, cache, at in zip(segments, caches, batch.offsets, strict=False):
-            n, used = len(segment), cache.used
-            cache.ensure(used + n)
-            cache.positions[used : used + n] = segment.positions
-            ancestors = segment.ancestors
+            n, used = len(segment.tokens), cache.used
+            kv = cache.kv
+            if used + n > kv.shape[1]:
+                cache.ensure(used + n)
+                kv = cache.kv
+            ancestors, width = segment.ancestors, used - cache.n + n
             if ancestors is not None:
-                width = used - cache.n + n
                 if ancestors.shape != (n, width):
                     raise ValueError(f"ancestors are {ancestors.shape}, the rows want {(n, width)}")
                 ancestors = np.ascontiguousarray(ancestors, np.bool_)
                 keep.append(ancestors)
-            numbers += (at, n, cache.kv.data_ptr(), cache.capacity, cache.n, used)
-            numbers += (_address(cache.positions), 0 if ancestors is None else _address(ancestors))
-            numbers.append(used - cache.n + n)
+            numbers += (
+                *(at, n, kv.data_ptr(), kv.shape[1], cache.n, used, _address(cache.positions)),
+                *(0 if ancestors is None else _address(ancestors), width),
+            )
         tokens, positions = _joined(segments)
-        keep += [tokens, positions]
+        if x_in is None:
+            numbers[4] = _address(tokens)
+        numbers[2], numbers[5] = len(segments), _address(positions)
         turns = len(numbers)
         if self._ropes:
-            lengths = self._lengths(batch, caches, positions) if self._varies else None
-            for rope in self._ropes:
-                table, index = rope.at(positions, lengths)
-                keep += [table, index]
-                numbers += (table.data_ptr(), _address(index))
+            numbers[9] = len(self._ropes)
+            for table, index in self._turns(batch, caches, positions):
+                keep += (table, index)
+                numbers += (table.data_ptr(), _address(index), len(table))
+        numbers[10], numbers[11] = _address(layers), len(layers)
+        if wanted is not None:
+            wanted = np.ascontiguousarray(wanted, np.int64)
+            numbers[12] = _address(wanted)
         taps = len(numbers)
         for tap, buffer in hidden.items():
-            if tap != "last":
+            if tap == "last":
+                numbers[17] = buffer.data_ptr()
+            else:
                 numbers += (0 if tap == "embed" else tap, buffer.data_ptr())  # type: ignore[list-item]
         embeds = len(numbers)
         for segment, at in zip(segments, batch.offsets, strict=False):
@@ -261,19 +279,26 @@ class FusedModel:
                 vector = vector.to("cpu", torch.float32).contiguous()
                 keep.append(vector)
                 numbers += (at + row, vector.data_ptr())
-        if x_in is None:
-            numbers[4] = _address(tokens)
-        numbers[2], numbers[5] = len(segments), _address(positions)
-        numbers[9], numbers[10] = _address(layers), len(layers)
-        if wanted is not None:
-            wanted = np.ascontiguousarray(wanted, np.int64)
-            keep.append(wanted)
-            numbers[11] = _address(wanted)
-        numbers[15] = (embeds - taps) // 2
-        numbers[16] = hidden["last"].data_ptr() if "last" in hidden else 0
-        numbers[18] = (len(numbers) - embeds) // 2
-        lists = ((3, _CALL), (8, turns), (14, taps), (17, embeds))
-        self._call(numbers, batch.rows, lists, x_in=x_in, x_out=x_out, logits=logits)
+        numbers[16], numbers[19] = (embeds - taps) // 2, (len(numbers) - embeds) // 2
+        lists = ((3, _CALL), (8, turns), (15, taps), (18, embeds))
+        code = self._call(numbers, batch.rows, lists, x_in=x_in, x_out=x_out, logits=logits)
+        if code == _SHORT_TABLE and not self._varies:
+            for rope in self._ropes:
+                rope.grow(int(positions.max()))
+            if int(positions.min()) >= 0:
+                more = {"logits": logits, "wanted": wanted, "hidden": hidden}
+                return self._run(batch, txn, layers, x_in=x_in, x_out=x_out, **more)
+        if code:
+            raise self._problem(code)
+
+    def _turns(
+        self, batch: PackedBatch, caches: Sequence[ContiguousCache], positions: np.ndarray
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """(table, rows of it) of every rope."""
+        if not self._varies:
+            return [(rope.table, positions) for rope in self._ropes]
+        lengths = self._lengths(batch, caches, positions)
+        return [rope.at(positions, lengths) for rope in self._ropes]
 
     def _call(
         self,
@@ -284,21 +309,18 @@ class FusedModel:
         x_in: Tensor | None = None,
         x_out: Tensor | None = None,
         logits: Tensor | None = None,
-    ) -> None:
+    ) -> int:
         numbers[0], numbers[1] = self.threads or torch.get_num_threads(), rows
         numbers[6] = 0 if x_in is None else x_in.data_ptr()
         numbers[7] = 0 if x_out is None else x_out.data_ptr()
         if logits is not None:
-            numbers[12], numbers[13] = len(logits), logits.data_ptr()
-        seconds = self.seconds
-        numbers[19] = 0 if seconds is None else _address(seconds)
+            numbers[13], numbers[14] = len(logits), logits.data_ptr()
+        numbers[20] = 0 if self.seconds is None else _address(self.seconds)
         memory = array("q", numbers)
         base = memory.buffer_info()[0]
         for field, at in lists:
             memory[field] = base + 8 * at
-        code = self._cdll.ft_forward(self._handle, base)
-        if code:
-            raise self._problem(code)
+        return self._cdll.ft_forward(self._handle, base)
 
     def _problem(self, code: int) -> Exception:
         if code == 1:
@@ -308,6 +330,8 @@ class FusedModel:
                 f"The text is longer than the {self.arch.learned_positions} positions this model "
                 "has: shorten the prompt or ask for fewer tokens."
             )
+        if code == _SHORT_TABLE:
+            return IndexError("a position is negative")
         if code == 4:
             return IndexError("logits were asked for a row that the batch does not have")
         return MemoryError("no memory for the activations of this forward")

@@ -20,20 +20,20 @@ class Rotations:
         self.rope = rope
         self.table = torch.empty(0, 2, rope.dim // 2)
 
-    def at(self, positions: np.ndarray, lengths: np.ndarray | None) -> tuple[Tensor, np.ndarray]:
-        """(table, [T] int64 row of each position). lengths: [T] the text length that decides the
-        frequencies of each row; only read where they vary."""
-        if self.rope.varies and lengths is not None:
-            regimes = np.array([self.rope.regime(int(n)) for n in lengths])
-            table = torch.empty(len(positions), 2, self.rope.dim // 2)
-            for regime in np.unique(regimes):
-                rows = np.flatnonzero(regimes == regime)
-                table[torch.from_numpy(rows)] = self._rows(positions[rows], int(regime))
-            return table, np.arange(len(positions))
-        need = int(positions.max()) + 1 if len(positions) else 0
-        if need > len(self.table):
-            self.table = self._rows(np.arange(max(need, 2 * len(self.table), 256)), 0)
-        return self.table, positions
+    def at(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """(table, [T] int64 row of each position) where frequencies vary. lengths: [T] the text
+        length that decides those of each row."""
+        regimes = np.array([self.rope.regime(int(n)) for n in lengths])
+        table = torch.empty(len(positions), 2, self.rope.dim // 2)
+        for regime in np.unique(regimes):
+            rows = np.flatnonzero(regimes == regime)
+            table[torch.from_numpy(rows)] = self._rows(positions[rows], int(regime))
+        return table, np.arange(len(positions))
+
+    def grow(self, longest: int) -> None:
+        """Make `table`, where frequencies do not vary, reach position `longest`."""
+        if longest >= len(self.table):
+            self.table = self._rows(np.arange(max(longest + 1, 2 * len(self.table), 256)), 0)
 
     def _rows(self, positions: np.ndarray, regime: int) -> Tensor:
         angles = torch.from_numpy(positions).float()[:, None] * self.rope.frequencies(regime)

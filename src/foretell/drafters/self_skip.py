@@ -1,0 +1,219 @@
+"""Self-speculation by skipping layers, the set of them being found on the fly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from foretell.core.errors import InputError
+from foretell.core.feedback import Feedback
+from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqView, TargetModel
+from foretell.core.rng import Purpose
+from foretell.core.rows import argmax_rows
+from foretell.core.tree import TokenTree
+from foretell.drafters.self_draft import (
+    SelfDraft,
+    check_threshold,
+    run_some,
+    shape_of,
+    stop_below,
+)
+from foretell.drafters.trees.chain import Chain
+from foretell.drafters.trees.drive import chain_segment
+from foretell.drafters.trees.shape import TreeShape
+
+BAYES = 5  # every so many tries the model of past tries picks the candidate
+PATIENCE = 60  # tries without a better set before the search ends
+MOST = 64  # tries that are remembered
+KAPPA = 2.5  # how much an uncertain set is preferred
+
+
+@dataclass(slots=True)
+class Search:
+    """Looks for the best set of `skip` layers among `choices`, one try at a time."""
+
+    choices: tuple[int, ...]
+    skip: int
+    random: random.Random
+    best: tuple[int, ...] = ()
+    score: float = -1.0  # of `best`; -1 = not tried yet
+    tries: int = 0
+    idle: int = 0  # tries since `best` was found
+    tried: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # every second layer is where the paper starts; more only where `skip` says so
+        first = sorted(self.choices, key=lambda i: (i % 2 == 0, i))[: self.skip]
+        self.best = tuple(sorted(first))
+
+    def done(self, enough: float) -> bool:
+        return self.score >= enough or self.idle >= PATIENCE or self.skip == len(self.choices)
+
+    def candidate(self) -> tuple[int, ...]:
+        """The set to try next; the first try is the set that is in use."""
+        if self.score < 0:
+            return self.best
+        if self.tries % BAYES or len(self.tried) < 3:
+            return self._draw()
+        pool = list({self._draw() for _ in range(32)})
+        known = list(self.tried)
+        points = [[[c in s for c in self.choices] for s in sets] for sets in (known, pool)]
+        mean, spread = gaussian_process(
+            np.array(points[0], float), np.array(list(self.tried.values())), np.array(points[1])
+        )
+        return pool[int((mean + KAPPA * spread).argmax())]
+
+    def _draw(self) -> tuple[int, ...]:
+        return tuple(sorted(self.random.sample(self.choices, self.skip)))
+
+    def tell(self, layers: tuple[int, ...], score: float) -> None:
+        self.tries += 1
+        self.idle += 1
+        if score > self.score:
+            self.best, self.score, self.idle = layers, score, 0
+        self.tried[layers] = score
+        if len(self.tried) > MOST:
+            del self.tried[next(iter(self.tried))]
+
+
+def gaussian_process(
+    known: np.ndarray, values: np.ndarray, asked: np.ndarray, noise: float = 1e-2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and standard deviation [m] at `asked` [m, d], given values [n] at `known`
+    [n, d] (0 or 1 each): squared-exponential kernel, whose length is that of a quarter of the bits,
+    values centred and scaled."""
+    length = max(1.0, known.shape[1] / 4)
+    centre, scale = values.mean(), values.std() or 1.0
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.exp(-((a[:, None, :] - b[None, :, :]) ** 2).sum(-1) / (2 * length))
+
+    asked = np.asarray(asked, float)
+    within = kernel(known, known) + noise * np.eye(len(known))
+    across = kernel(asked, known)
+    mean = across @ np.linalg.solve(within, (values - centre) / scale)
+    left = 1.0 - (across * np.linalg.solve(within, across.T).T).sum(-1)
+    return centre + scale * mean, scale * np.sqrt(np.maximum(left, 0.0))
+
+
+def agreement(logits: Tensor, following: Sequence[int]) -> float:
+    """Share of rows [n, V] whose argmax is the token that follows in the text."""
+    return float(np.mean(np.asarray(argmax_rows(logits)) == np.asarray(following)))
+
+
+@dataclass(slots=True)
+class SkipState:
+    shape: TreeShape
+    search: Search
+    view: SeqView
+    steps: int = 0
+
+
+class SelfSkip:
+    """Drafts with the target itself, leaving out a share `skip` of its inner layers (the first and
+    the last always run): a chain of up to `tokens`, ended below a token whose probability is under
+    `threshold`, or ``tree=NAME`` with that tree's options.
+
+    Which layers to leave out is looked for while decoding: every `every` steps one random set, or
+    every fifth time the one that a Gaussian process over the tries so far finds most promising, is
+    scored by how often its argmax is the next token of the last `span` committed ones (one forward
+    of the kept layers over a copy of the cache). The best set drafts; the search ends at a score of
+    0.95 or after 60 tries without a better one. Each sequence searches for itself, by its own seed,
+    so that its output is the same in any company. Keys and values are the target's.
+
+    Paper: Xia et al., "SWIFT: On-the-Fly Self-Speculative Decoding for LLM Inference Acceleration"
+    (2024). It skips attention and MLP apart; here a layer is left out whole. Draws follow the
+    verifier: keeps its promise.
+    """
+
+    name = "self-skip"
+    promise = Promise.EXACT
+    paper = "SWIFT: On-the-Fly Self-Speculative Decoding for LLM Inference Acceleration"
+    summary = "the target without some of its layers drafts; which ones is found on the fly"
+    needs = Needs(layer_access=True)
+    own_trees_only = True  # a shape learns from the ranks of its own nodes
+
+    def __init__(
+        self,
+        model: TargetModel,
+        skip: float = 0.45,
+        threshold: float = 0.8,
+        every: int = 4,
+        span: int = 32,
+        shape: TreeShape | None = None,
+    ) -> None:
+        """every=0: keep to the first set."""
+        self.shape = shape or Chain(8)
+        self._draft = SelfDraft(self.name, model, self.shape)
+        if not 0 < skip < 1 or every < 0 or span < 2:
+            raise InputError("self-skip needs 0 < skip < 1, every >= 0 and span >= 2.")
+        self.threshold, self.every, self.span = check_threshold(self.name, threshold), every, span
+        self.model, total = model, model.spec.layers
+        self.choices = tuple(range(1, total - 1)) or (1,)
+        self.skip = max(1, int(len(self.choices) * skip))
+        self.shapes, self.draws = self.shape.holds, self.shape.draws
+        self.unsound = self.shape.unsound
+
+    @classmethod
+    def build(
+        cls,
+        context: BuildContext,
+        skip: float = 0.45,
+        tokens: int = 8,
+        threshold: float = 0.8,
+        every: int = 4,
+        span: int = 32,
+        tree: str | None = None,
+        **options: Any,
+    ) -> SelfSkip:
+        own = ("skip", "tokens", "threshold", "every", "span", "tree")
+        shape = shape_of(cls.name, context, tokens, tree, options, own)
+        return cls(context.target, skip, threshold, every, span, shape)
+
+    def begin(self, view: SeqView) -> SkipState:
+        seed = view.rng.key(0, Purpose.DRAFT)
+        search = Search(self.choices, self.skip, random.Random(seed))
+        return SkipState(self.shape.bind(view), search, view)
+
+    def kept(self, skipped: Sequence[int]) -> tuple[int, ...]:
+        return tuple(i for i in range(self.model.spec.layers) if i not in skipped)
+
+    def propose(
+        self, states: Sequence[SkipState], views: Sequence[SeqView], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        limited = [stop_below(b, self.threshold) for b in budgets]
+        runs = [self.kept(s.search.best) for s in states]
+        return self._draft.propose(states, views, limited, runs)
+
+    def observe(self, states: Sequence[SkipState], feedback: Sequence[Feedback]) -> None:
+        for state, f in zip(states, feedback, strict=True):
+            state.shape.observe(f.tree, f.verdict)
+            if not f.tokens or not self.every or state.search.done(0.95):
+                continue
+            state.steps += 1
+            if state.steps % self.every == 0 and len(state.view.tokens) > self.span:
+                layers = state.search.candidate()
+                score = state.search.tried.get(layers)
+                state.search.tell(
+                    layers, self._score(state.view, layers) if score is None else score
+                )
+
+    def _score(self, view: SeqView, skipped: tuple[int, ...]) -> float:
+        """How often the target without these layers says what the text says, on its tail."""
+        assert view.cache is not None
+        tokens, at = view.tokens, min(len(view.tokens) - 1 - self.span, view.cached)
+        cache = self.model.new_cache(len(tokens))
+        cache.copy_prefix(view.cache, max(0, at))
+        segment = chain_segment(tokens[cache.n : -1], cache.n)
+        segment.logits = None
+        with self.model.open([cache]) as txn:
+            logits = run_some(self.model, [segment], txn, self.kept(skipped))
+        return agreement(logits, tokens[cache.n + 1 :])
+
+    def end(self, state: SkipState) -> None:
+        """The rows were the target's."""
