@@ -1,6 +1,6 @@
 """Random cases of `tests/helpers_bitexact.py`: how many rows differ from plain decoding in any bit.
 
-    python benchmarks/bit_exact.py --cases 10000
+python benchmarks/bit_exact.py --cases 10000
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers_bitexact import KINDS, differences, random_model  # noqa: E402
+from helpers_bitexact import KINDS, differences, random_model
 
 
 def main() -> int:

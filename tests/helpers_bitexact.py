@@ -20,7 +20,6 @@ from foretell.core.tree import TokenTree
 from foretell.models.native.arch import Arch, LayerArch, Rope
 from foretell.models.native.families import Names
 from foretell.models.native.fused import FusedModel
-from foretell.models.native.weights import RandomSource
 from foretell.models.quant.formats import FORMATS
 
 KINDS = (torch.float32, torch.bfloat16, FORMATS["int8"], FORMATS["int4"])

@@ -45,7 +45,7 @@ DRAFTERS = {
     "aggressive": ["aggressive:start=1,window=4"],
     "aded": ["aded", "aded:nodes=5,depth=3,iterations=8"],
     "stand": ["stand", "stand:nodes=4,max_ngram=2,k=3,onehot=true"],
-    "lookahead": ["lookahead", "lookahead:window=2,ngram=3,guesses=2,pool=5"],
+    "lookahead": ["lookahead", "lookahead:window=2,ngram=2,guesses=3,pool=9"],
     "early-exit": [
         "early-exit:layer=1,tokens=3",
         "early-exit:layer=1,tree=dyspec,nodes=6",
@@ -55,7 +55,7 @@ DRAFTERS = {
         "self-skip:tokens=3,threshold=0,every=1,span=4",
         "self-skip:skip=0.9,threshold=0.3,tree=k-ary,branching=2,tokens=2",
     ],
-    "del": ["del", "del:tokens=3,every=1,exits=1,fade=0.5"],
+    "del": ["del", "del:tokens=3,every=1,exits=2,fade=0.5,head=0"],
     "fallback": [
         "fallback:of=prompt-lookup(min_ngram=1,tokens=2)+draft-model(tokens=3)",
         "fallback:of=suffix+none,least=2",
@@ -97,7 +97,7 @@ LOSSLESS = ["rejection", "specinfer", "spectr", "greedy-draft", "block", "multip
 POLICIES = {
     "fixed": ["fixed", "fixed:tokens=2", "fixed:nodes=3"],
     "confidence": ["confidence:threshold=0.5", "confidence:threshold=0.2,tokens=3,refit=false"],
-    "entropy": ["entropy:gamma=0.5", "entropy:threshold=0.6,adapt=false"],
+    "entropy": ["entropy:gamma=0.5,adapt=true", "entropy:threshold=0.6"],
     "adaptive": ["adaptive:start=2"],
     "specdec++": ["specdec++", "specdec++:threshold=0.2,tokens=3"],
     "goodput": ["goodput:target=10/11/12/16,draft=1,every=2"],

@@ -1,4 +1,4 @@
-"""On the kernels the logits of a node are the same to the last bit in whatever company it is run."""
+"""On the kernels a node's logits are the same to the last bit in whatever company it is run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_bitexact import KINDS, chain, differences, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from foretell.core.batch import PackedBatch
 from foretell.models import kernels
 from foretell.models.native.arch import Arch
 from foretell.models.native.fused import FusedModel
+from helpers_bitexact import KINDS, chain, differences, random_model
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason=str(kernels.why_not()))
 
@@ -71,9 +71,7 @@ def test_garbage_of_other_branches_does_not_leak() -> None:
         from foretell.core.batch import Segment
 
         ancestors = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]], bool)
-        segment = Segment(
-            np.array([4, 5, 6, 7]), np.array([3, 3, 4, 4]), ancestors, None, embeds
-        )
+        segment = Segment(np.array([4, 5, 6, 7]), np.array([3, 3, 4, 4]), ancestors, None, embeds)
         with model.open([cache]) as txn:
             return model.forward(PackedBatch([segment]), txn).logits
 

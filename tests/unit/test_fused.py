@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_bitexact import NAMES, random_arch, random_tree
 
 from foretell.core.batch import PackedBatch, Segment, segment_of
 from foretell.core.errors import InputError
@@ -22,6 +22,7 @@ from foretell.models.native.packing import layout
 from foretell.models.native.runner import NativeModel
 from foretell.models.native.weights import RandomSource, write_random_checkpoint
 from foretell.models.quant.formats import FORMATS, WeightFormat, dequantise, quantise
+from helpers_bitexact import NAMES, random_arch, random_tree
 
 needs_kernels = pytest.mark.skipif(kernels.load() is None, reason=str(kernels.why_not()))
 ARCH = Arch.llama(61, 64, 3, 6, 2, 96, tied=False)
@@ -63,8 +64,6 @@ def test_it_is_a_model_with_layers() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_random_architectures_match_the_torch_runner(seed: int) -> None:
     """Everything that `Arch` can say, with a ragged batch of a tree and a chain."""
-    import random
-
     r = random.Random(seed)
     arch = random_arch(r)
     native, fused = pair(arch, names=NAMES)
@@ -101,7 +100,7 @@ def test_taps_are_the_inputs_of_layers() -> None:
 @needs_kernels
 def test_layers_one_call_after_another() -> None:
     native, fused = pair()
-    tree = segment_of(random_tree(__import__("random").Random(0), [1], 9), 7, None)
+    tree = segment_of(random_tree(random.Random(0), [1], 9), 7, None)
     batch = PackedBatch([tree])
     expected = None
     for model in (native, fused):
@@ -262,7 +261,7 @@ def test_wrong_input_is_refused() -> None:
     model = FusedModel.random(ARCH)
     cache = model.new_cache()
     for ids in ([61], [-1]):
-        with pytest.raises(InputError, match="outside 0..60"), model.open([cache]) as txn:
+        with pytest.raises(InputError, match=r"outside 0\.\.60"), model.open([cache]) as txn:
             model.forward(PackedBatch([chain(ids)]), txn)
     assert cache.n == cache.used == 0
     short = chain([1, 2])

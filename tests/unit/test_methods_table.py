@@ -113,9 +113,12 @@ class TestWeigh:
 
     def test_what_belongs_to_the_drafter_is_not_the_sequences(self) -> None:
         table_, ended = torch.zeros(10_000), []
-        drafter = SimpleNamespace(table=table_, end=ended.append, name="d")
+        text = list(range(1000, 3000))
+        view: Any = SimpleNamespace(tokens=text, cache=[torch.zeros(5000)])
+        drafter = SimpleNamespace(table=table_, begin=lambda v: v, end=ended.append, name="d")
         weighed = Weighed(drafter)
-        weighed.end([table_, torch.zeros(100)])
+        assert weighed.begin(view) is view
+        weighed.end([table_, torch.zeros(100), text, view.cache])
         assert 400 <= weighed.bytes < 1500
         assert len(ended) == 1
         assert weighed.name == "d"

@@ -144,7 +144,14 @@ def test_an_error_of_the_drafter_comes_out_and_leaves_the_engine_usable() -> Non
     draft.on_forward = broken
     with pytest.raises(RuntimeError, match="fell over"):
         llm.generate(PROMPTS, params)
-    draft.on_forward = lambda batch, txn: None
+
+    def both(batch: Any, txn: Any) -> None:
+        raise KeyError("the target, too")
+
+    target.on_forward = both
+    with pytest.raises(KeyError):
+        llm.generate(PROMPTS[1:2], params)
+    draft.on_forward = target.on_forward = lambda batch, txn: None
     assert llm.engine.scheduler.idle
     got = [o.token_ids for o in llm.generate(PROMPTS, params)]
     assert got == [reference.decode(target, p, params) for p in PROMPTS]

@@ -148,6 +148,9 @@ def test_acceptance_is_calibrated_from_verdicts() -> None:
         chance.observe([(s, r.random() < s * s)])
     for s in (0.25, 0.55, 0.85):
         assert chance(s) == pytest.approx(s * s, abs=0.12)
+    few = Acceptance()
+    few.observe([(0.96, False)] * 20)
+    assert few.map == sorted(few.map), "a higher score never means less"
 
 
 def test_specdecpp_stops_when_a_refusal_is_probable() -> None:
@@ -200,6 +203,8 @@ def test_entropy_sees_the_distribution_and_not_the_token() -> None:
     (budget,) = Entropy(threshold=0.5, gamma=0.2, adapt=False).budgets([view()], Load())
     assert budget.stop is None
     assert budget.unsure is not None
+    assert budget.unsure([0.0, 2.0])
+    assert not budget.unsure([2.0, 0.0]), "the last distribution counts"
     sharp, flat = torch.tensor([[9.0, 0, 0, 0]]), torch.zeros(1, 4)
     for draw in (Draw.TOP, Draw.SAMPLE, Draw.NOISE):
         for logits, goes_on in ((sharp, True), (flat, False)):
@@ -263,7 +268,7 @@ def test_options_out_of_range_are_refused(make) -> None:
         make()
 
 
-@pytest.mark.parametrize("policy", ["confidence", "entropy:gamma=0.5", "adaptive", "specdec++"])
+@pytest.mark.parametrize("policy", ["confidence", "entropy:adapt=true", "adaptive", "specdec++"])
 def test_under_rejection_a_seed_means_the_same_in_any_company(policy: str) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=11)
     prompts = [[1, 2, 3, 1, 2], [7], [4, 4, 1]]

@@ -51,9 +51,9 @@ class Graft(Merge):
         cls,
         context: BuildContext,
         of: str | None = None,
+        nodes: int = 24,
         model: str | None = None,
         store: str | None = None,
-        nodes: int = 24,
         prune: float = 0.05,
         places: int = 4,
     ) -> Graft:

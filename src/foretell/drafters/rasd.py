@@ -44,9 +44,9 @@ class Rasd(Merge):
         cls,
         context: BuildContext,
         of: str | None = None,
+        nodes: int = 32,
         model: str | None = None,
         store: str | None = None,
-        nodes: int = 32,
         keep: int = 8,
     ) -> Rasd:
         return cls(model_and_table(context, of, model, store), nodes, keep)

@@ -218,7 +218,8 @@ class LLM:
         why = getattr(self.drafter, "unsound", {}).get(drawn)
         if why is not None:
             raise InputError(
-                f"'{self._sampled.name}' would be biased on what '{self.drafter.name}' drafts: {why}"
+                f"'{self._sampled.name}' would be biased on what '{self.drafter.name}' drafts: "
+                f"{why}"
             )
 
     def _draws(self, verifier: Verifier) -> bool:

@@ -61,8 +61,8 @@ def load_model(
         return cast(TargetModel, NativeModel.load(folder, kind, where, progress, deterministic))
     if deterministic:
         raise InputError(
-            "Results that do not depend on the batch need foretell's own runner on a CPU: leave out "
-            "deterministic, or use a model that backend 'native' runs."
+            "Results that do not depend on the batch need foretell's own runner on a CPU: leave "
+            "out deterministic, or use a model that backend 'native' runs."
         )
     if find_spec("transformers") is None:
         describe(config)  # says what is unknown and names the extra

@@ -41,9 +41,10 @@ class Entropy:
     1 - sqrt(gamma H) < `threshold`; the token itself stays.
 
     The entropy is known before the token is drawn and says nothing about which one it was, and the
-    token stays, so the rule is lossless. With adapt=true (the default) the threshold moves with the
-    verdicts, as the paper has it: up while fewer than 0.9 of the drafts are accepted, down after a
-    draft that is accepted as a whole. It is learned by all sequences together where drafts never
+    token stays, so the rule is lossless. With adapt=true the threshold moves with the verdicts, as
+    the paper has it: up while fewer than 0.9 of the drafts are accepted, down after a draft that is
+    accepted as a whole. That suits pairs that agree well; where they do not it ends at one token a
+    draft, so it is off unless asked for. It is learned by all sequences together where drafts never
     change the output, and by each alone under rejection. Drafters without distributions (copies of
     text, tables) are not affected.
 
@@ -63,7 +64,7 @@ class Entropy:
         self,
         threshold: float = 0.5,
         gamma: float = 0.2,
-        adapt: bool = True,
+        adapt: bool = False,
         tokens: int = UNLIMITED,
     ) -> None:
         if not 0 <= threshold <= 1:

@@ -75,17 +75,24 @@ def _parts(item: Any) -> list[Any]:
 
 
 class Weighed:
-    """A drafter that weighs what a sequence of it holds when the sequence ends."""
+    """A drafter that weighs what a sequence of it holds when the sequence ends; one at a time."""
 
     def __init__(self, drafter: Any) -> None:
         self.drafter, self.bytes = drafter, 0
+        self.view: SeqView | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.drafter, name)
+
+    def begin(self, view: SeqView) -> Any:
+        self.view = view
+        return self.drafter.begin(view)
 
     def end(self, state: Any) -> None:
         if state is not None:
             shared: set[int] = set()
             held(self.drafter, shared)  # what belongs to all requests
+            if self.view is not None:
+                held([self.view.tokens, self.view.cache], shared)  # and to the engine
             self.bytes = max(self.bytes, held(state, shared))
         self.drafter.end(state)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.core.batch import Output, PackedBatch
+from foretell.core.batch import Output, PackedBatch, Segment
 from foretell.core.errors import InputError
 from foretell.core.feedback import Tap
 from foretell.core.protocols import Caps, ModelSpec
@@ -46,7 +46,8 @@ _SIGNATURES = {
     "ft_model_table": (None, (_P, _L, _P, _L, _L)),
     "ft_forward": (ctypes.c_int, (_P, _P)),
 }
-_SHORT_TABLE = 5
+_INT64 = np.dtype(np.int64)
+_SHORT_TABLE = 5  # an Outcome of the same header
 _CALL = 21  # numbers of a Call (models/kernels/forward.h), before its lists
 
 
@@ -168,7 +169,11 @@ class FusedModel:
         wanted = segments[0].logits if len(segments) == 1 else batch.logit_rows()
         logits = torch.empty(batch.rows if wanted is None else len(wanted), self.arch.vocab)
         self._run(batch, txn, self._layers, logits=logits, wanted=wanted, hidden=hidden)
-        txn.advance(batch)
+        txn.plan = None
+        for i, segment in enumerate(segments):  # `txn.advance`; the positions are written already
+            n = len(segment.tokens)
+            txn.caches[i].used += n
+            txn.scratch[i] += n
         return Output(logits, hidden)
 
     @torch.inference_mode()
@@ -265,7 +270,7 @@ class FusedModel:
                 numbers += (table.data_ptr(), _address(index), len(table))
         numbers[10], numbers[11] = _address(layers), len(layers)
         if wanted is not None:
-            wanted = np.ascontiguousarray(wanted, np.int64)
+            wanted = _plain(wanted)
             numbers[12] = _address(wanted)
         taps = len(numbers)
         for tap, buffer in hidden.items():
@@ -286,8 +291,15 @@ class FusedModel:
             for rope in self._ropes:
                 rope.grow(int(positions.max()))
             if int(positions.min()) >= 0:
-                more = {"logits": logits, "wanted": wanted, "hidden": hidden}
-                return self._run(batch, txn, layers, x_in=x_in, x_out=x_out, **more)
+                self._run(
+                    *(batch, txn, layers),
+                    logits=logits,
+                    wanted=wanted,
+                    hidden=hidden,
+                    x_in=x_in,
+                    x_out=x_out,
+                )
+                return
         if code:
             raise self._problem(code)
 
@@ -429,14 +441,20 @@ def _declare(library: Library) -> ctypes.CDLL:
     return library.cdll
 
 
-def _joined(segments: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _joined(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions of all segments, contiguous int64."""
     if len(segments) == 1:
-        s = segments[0]
-        return np.ascontiguousarray(s.tokens, np.int64), np.ascontiguousarray(s.positions, np.int64)
-    if not segments:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    tokens = np.concatenate([s.tokens for s in segments]).astype(np.int64, copy=False)
-    return tokens, np.concatenate([s.positions for s in segments]).astype(np.int64, copy=False)
+        tokens, positions = segments[0].tokens, segments[0].positions
+    elif segments:
+        tokens = np.concatenate([s.tokens for s in segments])
+        positions = np.concatenate([s.positions for s in segments])
+    else:
+        tokens = positions = np.empty(0, np.int64)
+    return _plain(tokens), _plain(positions)
+
+
+def _plain(a: np.ndarray) -> np.ndarray:
+    return a if a.dtype is _INT64 and a.strides == (8,) else np.ascontiguousarray(a, np.int64)
 
 
 def _address(a: np.ndarray) -> int:
