@@ -76,6 +76,7 @@ DRAFTERS = {
     "graft": [
         "graft:nodes=12,prune=0.2",
         "graft:of=draft-model(tokens=2,branching=2)+suffix(min_prob=0.05),nodes=8",
+        f"graft:of=draft-model(tokens=2)+retrieval(path={_store()},min_match=1),nodes=9",
     ],
     "retrieval": [f"retrieval:path={_store()},min_match=1,nodes=9"],
 }

@@ -82,11 +82,16 @@ def test_useless_drafters_cost_at_most_three_percent(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "left"), [("code", "prose", 0.1), ("useless", "code", 0.3)]
+    ("before", "after", "first", "left"),
+    [
+        ("code", "prose", 0.25, 0.05),
+        ("code", "useless", 0.13, 0.05),
+        ("useless", "code", 0.35, 0.2),
+    ],
 )
-def test_recovers_from_an_abrupt_change(before: str, after: str, left: float) -> None:
-    """50 pulls later little is lost, though the means of 200 said otherwise. That a drafter which
-    was useless has become good shows only when it is looked at, so that takes longer."""
+def test_recovers_from_an_abrupt_change(before: str, after: str, first: float, left: float) -> None:
+    """What is lost in the first 50 pulls, though the means of 200 say otherwise, and in the next
+    50. That a drafter which was useless has become good shows only when it is looked at."""
     soon, late = [], []
     for seed in range(SEEDS):
         world, arms = World(before, seed), Arms(4)
@@ -94,8 +99,8 @@ def test_recovers_from_an_abrupt_change(before: str, after: str, left: float) ->
         world.drafters = WORLDS[after]
         soon.append(world.loss(arms, 50))
         late.append(world.loss(arms, 50))
+    assert mean(soon) < first
     assert mean(late) < left
-    assert mean(late) < mean(soon)
 
 
 def test_exploring_is_paid_for() -> None:
