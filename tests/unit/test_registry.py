@@ -55,7 +55,7 @@ def test_bad_specs_are_explained(text: str) -> None:
     ("kind", "spec", "match"),
     [
         ("drafter", "promt-lookup", "did you mean 'prompt-lookup'"),
-        ("drafter", "zzz", "there are: draft-model, none, prompt-lookup"),
+        ("drafter", "zzz", "there are: aded, aggressive, .*, none, prompt-lookup"),
         ("drafter", "", "Unknown drafter"),
         ("verifier", "gredy", "did you mean 'greedy'"),
         ("policy", "fix", "did you mean 'fixed'"),

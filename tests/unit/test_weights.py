@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.errors import InputError
-from foretell.models.load import load_model
+from foretell.models.load import load_model, random_model
 from foretell.models.native.arch import Arch
 from foretell.models.native.runner import NativeModel
 from foretell.models.native.weights import SafetensorsFile, write_random_checkpoint
@@ -35,7 +35,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_written_checkpoint_equals_the_random_model(folder: Path) -> None:
-    assert logits(load_model(folder)).equal(logits(NativeModel.random(ARCH, seed=5)))
+    expected = logits(random_model(ARCH, dtype="float32", seed=5))
+    assert logits(load_model(folder, dtype="float32")).equal(expected)
+    close = {"rtol": 1e-4, "atol": 1e-4}  # torch's operations round in another order
+    torch.testing.assert_close(expected, logits(NativeModel.random(ARCH, seed=5)), **close)
 
 
 def test_transformers_reads_what_we_write(folder: Path) -> None:
@@ -195,8 +198,11 @@ def test_too_long_a_text_for_learned_positions(tmp_path: Path) -> None:
 def test_progress_is_reported(folder: Path) -> None:
     seen: list[tuple[float, str]] = []
     load_model(folder, progress=lambda done, what: seen.append((done, what)))
-    assert [round(done, 3) for done, _ in seen] == [0.333, 0.667, 1.0]
-    assert seen[-1][1] == "layer 3 of 3"
+    steps = [done for done, _ in seen]
+    assert len(steps) >= 3
+    assert steps == sorted(steps)
+    assert steps[-1] == 1.0
+    assert any(what == "layer 3 of 3" for _, what in seen)
 
 
 def test_release_keeps_the_values(folder: Path) -> None:

@@ -76,7 +76,7 @@ class DynamicExit:
     Every `every` rounds the target's hidden states behind each of `exits` candidate layers, on the
     path that was committed, go through its head: the share of them whose argmax is the token that
     followed is the acceptance a draft from that layer would have had (counted with a factor
-    `fade` for every earlier round; the prompt's end is the first round). The (layer, length) with
+    `fade` for every earlier round). The (layer, length) with
     most expected tokens per layer read drafts, which may be none at all: then only these rows cost
     something. Within a round drafting stops below a token whose probability is under the middle
     of the mean confidences of that layer's hits and misses. Lengths go up to `tokens`.
@@ -165,12 +165,11 @@ class DynamicExit:
 
     def _look(self, state: DelState, f: Feedback) -> None:
         """Score every candidate layer on the path that was committed."""
-        # the last node of the path is followed by the bonus, unless the text was cut before it
-        following = [*f.tree.tokens[f.path[1:]].tolist(), *f.tokens[f.verdict.accepted :]]
-        nodes = f.path[: len(following)][-TAIL:]
-        following = following[-TAIL:]
-        if not nodes:
-            return
+        # The tip and what was accepted, each followed by a token that was emitted. More of the
+        # context would be there where a prompt was read in one piece, and then what is drafted
+        # would depend on the company a request is in.
+        following = f.tokens[-TAIL:]
+        nodes = [f.tree.tip, *f.verdict.path][: len(f.tokens)][-TAIL:]
         hidden = torch.cat([f.hidden[layer][nodes] for layer in self.exits])
         sure, said = self.model.unembed(hidden).softmax(-1).max(-1)
         both = torch.stack([sure.double(), said.double()]).view(2, len(self.exits), -1).tolist()

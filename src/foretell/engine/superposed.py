@@ -101,6 +101,7 @@ def superposed(
     Inference Pass" (2024), without its interpolation with n-grams. Promise: lossy.
     """
     cache = model.new_cache(len(prompt) + max_tokens)
+    logits = torch.empty(0)
     for at in range(0, len(prompt), CHUNK):
         part = np.asarray(prompt[at : at + CHUNK], np.int64)
         logits = _forward(model, cache, Segment(part, np.arange(at, at + len(part))))

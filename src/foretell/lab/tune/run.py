@@ -119,7 +119,7 @@ class Tuner:
 
     def _run(self, name: str, prompt: list[int], warm: bool = False) -> Run:
         engine = self._engines[name]
-        more = {"max_tokens": WARM} if warm else {}
+        more: dict[str, Any] = {"max_tokens": WARM} if warm else {}
         outputs = engine.generate([prompt] * self.batch, self.params, **more)
         stats = outputs[0].stats
         return Run(

@@ -193,8 +193,8 @@ def main() -> int:
             path, problem = find_or_build(isa, cache_folder())
         else:
             command = compiler()
-            path = options.out / f"{isa}-{source_hash(isa)}.so"
-            problem = compile_into(path, isa, command) if command else "there is no C++ compiler"
+            path = target = options.out / f"{isa}-{source_hash(isa)}.so"
+            problem = compile_into(target, isa, command) if command else "there is no C++ compiler"
         failed += problem is not None
         print(problem or f"{path}  {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return 1 if failed else 0
