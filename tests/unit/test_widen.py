@@ -50,7 +50,9 @@ def larger(r: random.Random, a: Arch) -> Shape:
         k = r.choice([2, 3])
         return Shape(a.hidden * k, layers, a.heads * k, a.kv_heads * k, ffn)
     kv, groups = a.kv_heads + r.randrange(3), a.groups + r.randrange(3)
-    return Shape(a.hidden + r.randrange(1, 50), layers, kv * groups, kv, ffn)
+    # transformers 5 wants the hidden size to be a multiple of the heads, also where it need not be
+    hidden = -(-(a.hidden + r.randrange(1, 50)) // (kv * groups)) * kv * groups
+    return Shape(hidden, layers, kv * groups, kv, ffn)
 
 
 @pytest.mark.parametrize("seed", range(2))
