@@ -45,41 +45,55 @@ void read_row(const Source& s, int64_t row, int64_t k, float* out) {
 }
 
 float absmax(const float* x, int64_t k) {
-  float top = 0;
-  for (int64_t i = 0; i < k; ++i) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+  v16 most = splat(0.0f);
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES) most = max(abs(load(x + i)), most);
+  float top = maximum(most);
+  for (; i < k; ++i) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
   return top;
 }
 
+FT_INLINE v16 nearest(v16 x, float lowest, float highest) {  // integers, halves to even; NaN: lowest
+  return min(max(round_even(x), splat(lowest)), splat(highest));
+}
+
 void quantise(const float* x, int64_t k, float scale, float lowest, float highest, int8_t* q) {
-  for (int64_t i = 0; i < k; ++i) {
-    float v = scale != 0 ? nearbyintf(x[i] / scale) : 0.0f;
-    v = v > lowest ? v : lowest;  // (NaN too)
-    q[i] = (int8_t)(v < highest ? v : highest);
+  if (scale == 0) {
+    memset(q, 0, (size_t)k);
+    return;
+  }
+  for (int64_t i = 0; i < k; i += LANES) {
+    float part[LANES] = {0};
+    const int64_t n = k - i < LANES ? k - i : LANES;
+    memcpy(part, x + i, (size_t)n * 4);
+    const v16i r = to_int(nearest(load(part) / splat(scale), lowest, highest));
+    for (int64_t lane = 0; lane < n; ++lane) q[i + lane] = (int8_t)r[lane];
   }
 }
 
 // The scale of one INT4 group: the weight of largest magnitude is laid on -c for each candidate c,
 // signed, so that the longer end of [-8, 7] serves it; for the integers that follow the best scale
 // is the least-squares one, <x, q> / <q, q>, and the candidate that leaves the least error wins.
-float scale_of_group(const float* x, int64_t width) {
-  float largest = 0;
-  for (int64_t i = 0; i < width; ++i)
-    if (fabsf(x[i]) > fabsf(largest)) largest = x[i];
-  double best = -1;
-  float scale = 0;
+float scale_of_group(const float* x, int64_t width) {  // width: 32, 64 or 128
+  const float top = absmax(x, width);
+  if (top == 0) return 0;
+  int64_t at = 0;
+  while (fabsf(x[at]) != top) ++at;
+  // In units of the largest magnitude: squares of tiny or huge weights stay numbers.
+  const v16 unit = splat(1.0f / top);
+  float best = -1, scale = 0;
   for (float c = 7.0f; c <= 9.0f; c += 0.5f) {
-    const float inverse = largest != 0 ? 1.0f / (largest / -c) : 0.0f;
-    double xq = 0, qq = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const float r = nearbyintf(x[i] * inverse);
-      const float q = r < -8.0f ? -8.0f : r > 7.0f ? 7.0f : r;
-      xq += (double)x[i] * q;
-      qq += (double)q * q;
+    const v16 steps = splat(x[at] > 0 ? -c : c);
+    v16 xq = splat(0.0f), qq = splat(0.0f);
+    for (int64_t i = 0; i < width; i += LANES) {
+      const v16 y = load(x + i) * unit, q = nearest(y * steps, -8.0f, 7.0f);
+      xq = xq + y * q;
+      qq = qq + q * q;
     }
-    const double gain = qq > 0 ? xq * xq / qq : 0;
+    const float dot = sum(xq), norm = sum(qq), gain = dot * dot / norm;
     if (gain > best) {
       best = gain;
-      scale = qq > 0 ? (float)(xq / qq) : 0.0f;
+      scale = dot / norm * top;
     }
   }
   const float kept = float_of_half(half_of(scale));
