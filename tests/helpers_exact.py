@@ -92,6 +92,8 @@ def total_variation(a: dict[Any, float], b: dict[Any, float]) -> float:
 class TableRows:
     """Target rows read from a table: what a verifier sees (`core.protocols.TargetRows`)."""
 
+    host = True
+
     def __init__(self, p: Table, tree: TokenTree, prefix: Prefix = ()) -> None:
         self.p, self.tree, self.prefix = p, tree, prefix
         self.deterministic = False

@@ -24,6 +24,7 @@ from helpers_drafts import without_replacement
 from helpers_exact import Branch, outcomes, total_variation
 from helpers_grammar import ToyGrammar, allowed_after
 from helpers_model import TableModel, pair
+from helpers_rng import used_twice, watched
 
 FLOAT32 = 2e-6  # the engine's distributions are float32
 
@@ -255,23 +256,10 @@ def test_the_statistical_test_sees_a_broken_rule(monkeypatch) -> None:
 def test_no_random_number_is_used_twice(monkeypatch, draft: str) -> None:
     """Within a request every draw has a key of its own: across siblings, levels and rounds."""
     used: Counter = Counter()
-
-    class Watched(SeqRng):
-        __slots__ = ()
-
-        def uniform(self, position, purpose, index=0, salt=0):
-            used[purpose, position, index, salt] += 1
-            return super().uniform(position, purpose, index, salt)
-
-        def race(self, positions, purpose, vocab, device="cpu", salt=0):
-            for t in positions:
-                used[purpose, t, "row", salt] += 1
-            return super().race(positions, purpose, vocab, device, salt)
-
-    monkeypatch.setattr(llm_module, "SeqRng", Watched)
+    monkeypatch.setattr(llm_module, "SeqRng", watched(used))
     target, context = pair()
     llm = LLM(target, draft=draft, verify="rejection", context=context)
     llm.generate([[1, 2, 3, 1, 2]], max_tokens=60, temperature=1.0, seed=3)
     assert used, "nothing was drawn"
-    assert max(used.values()) == 1, [k for k, n in used.items() if n > 1]
+    assert not used_twice(used)
     assert not [k for k in used if k[0] == Purpose.TARGET], "the target's noise is for replay"

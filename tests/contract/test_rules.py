@@ -9,11 +9,12 @@ import pytest
 
 import methods
 from foretell import LLM, SamplingParams
-from foretell.core.rng import Purpose, SeqRng
+from foretell.core.rng import Purpose
 from foretell.engine import llm as llm_module
 from helpers_exact import total_variation
 from helpers_grammar import allowed_after
 from helpers_model import pair
+from helpers_rng import used_twice, watched
 from test_law import FLOAT32, SAMPLE, chi_square, engine_law, sample, target_law
 
 CHAIN = "draft-model:tokens=2"
@@ -80,23 +81,10 @@ def test_no_random_number_is_used_twice(monkeypatch, verify: str, draft: str) ->
     if verify == "block" and "branching" in draft:
         pytest.skip("block verifies chains")
     used: Counter = Counter()
-
-    class Watched(SeqRng):
-        __slots__ = ()
-
-        def uniform(self, position, purpose, index=0, salt=0):
-            used[purpose, position, index, salt] += 1
-            return super().uniform(position, purpose, index, salt)
-
-        def race(self, positions, purpose, vocab, device="cpu", salt=0):
-            for t in positions:
-                used[purpose, t, "row", salt] += 1
-            return super().race(positions, purpose, vocab, device, salt)
-
-    monkeypatch.setattr(llm_module, "SeqRng", Watched)
+    monkeypatch.setattr(llm_module, "SeqRng", watched(used))
     target, context = pair()
     llm = LLM(target, draft=draft, verify=verify, context=context)
     llm.generate([[1, 2, 3, 1, 2]], max_tokens=60, temperature=1.0, seed=3)
     assert len(used) > 20
-    assert max(used.values()) == 1, [k for k, n in used.items() if n > 1]
+    assert not used_twice(used)
     assert not [k for k in used if k[0] == Purpose.TARGET], "the target's noise is for replay"

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from foretell.core.errors import InputError
+from foretell.core.places import cache_folder
+from foretell.core.rng import Purpose, SeqRng
 from foretell.models import kernels
 from foretell.models.kernels import build
 from foretell.models.kernels.library import Library, Packed
@@ -34,7 +36,7 @@ def lib() -> Library:
 @pytest.fixture(scope="module")
 def libraries(lib: Library) -> list[Library]:
     """One for every instruction set of this processor."""
-    paths = [build.find_or_build(isa, build.cache_folder())[0] for isa in build.supported()]
+    paths = [build.find_or_build(isa, cache_folder("kernels"))[0] for isa in build.supported()]
     return [Library(path) for path in paths if path is not None]
 
 
@@ -346,6 +348,58 @@ def test_bandwidth(lib: Library) -> None:
 
 
 # -- building
+
+
+# -- sampling
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 63, 64, 65, 1000, 32000])
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 1.7])
+def test_a_race_is_won_by_the_token_that_plain_sampling_says(
+    libraries: list[Library], vocab: int, temperature: float
+) -> None:
+    """On every instruction set; where it says -1, which is seldom, it said nothing."""
+    tries = unsure = 0
+    for spread in (0.0, 0.3, 1.0, 3.0, 9.0):
+        logits = rows_of(1, vocab, vocab)[0] * spread - 3
+        logits[vocab // 2 :: 7] = float("-inf") if spread == 3.0 and vocab > 5 else 0.0
+        p = (logits / temperature).softmax(-1)
+        for seed in range(40 if vocab < 32000 else 8):
+            want = SeqRng(seed).pick(p, 9, Purpose.TARGET)
+            for lib in libraries:
+                got = lib.race(logits, temperature, SeqRng(seed).key(9, Purpose.TARGET))
+                assert got in (want, -1), (lib.isa, spread, seed)
+                tries, unsure = tries + 1, unsure + (got < 0)
+    assert unsure <= max(2, tries // 100)
+
+
+def test_a_race_is_not_run_where_rounding_could_decide(lib: Library) -> None:
+    """Logits made so that the best two score the same but for the last bits of float32."""
+    key = SeqRng(3).key(0, Purpose.TARGET)
+    noise = SeqRng(3).race([0], Purpose.TARGET, 200)[0].double()
+    apart = torch.full((200,), -5.0, dtype=torch.float64)
+    apart[[20, 120]] = 0.0
+    logits = (noise.log() + apart).float()
+    assert lib.race(logits, 1.0, key) == -1
+    logits[120] += 0.001
+    assert lib.race(logits, 1.0, key) == 120
+    logits[20] += 0.002
+    assert lib.race(logits, 1.0, key) == 20
+    assert lib.race(logits * 1000, 1000.0, key) == 20
+    assert lib.race(logits * 1e6, 1e6, key) == 20
+    assert lib.race(logits + 1e5, 1.0, key) == -1  # these are rounded by more than that
+
+
+def test_a_race_needs_numbers(lib: Library) -> None:
+    for wrong in (float("nan"), -float("nan"), float("inf")):
+        logits = torch.zeros(100)
+        logits[70] = wrong
+        assert lib.race(logits, 1.0, 5) == -1
+    assert lib.race(torch.full((100,), -float("inf")), 1.0, 5) == -1
+    assert lib.race(torch.zeros(100, dtype=torch.float64), 1.0, 5) == -1
+    assert lib.race(torch.zeros(200)[::2], 1.0, 5) == -1
+    for temperature in (0.0, -1.0, float("nan")):
+        assert lib.race(torch.zeros(100), temperature, 5) == -1
 
 
 @pytest.fixture

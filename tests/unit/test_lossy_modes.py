@@ -21,6 +21,8 @@ PROMPTS = [[1, 2, 3, 4, 5, 1, 2, 3], [7], [2, 1, 2, 1, 2]]
 class Given:
     """The target's rows as a table: token before -> distribution."""
 
+    host = True
+
     def __init__(self, tree: TokenTree, rows: dict[int, list[float]], greedy: bool) -> None:
         self.tree, self.rows, self.deterministic = tree, rows, greedy
 

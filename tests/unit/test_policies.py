@@ -56,7 +56,7 @@ def test_the_walk_never_steps_on_a_dead_node() -> None:
     """A dead node has no row, so even one that says the right token ends the walk."""
     tree = TokenTree.chain([1], [5, 6])
     tree.kind[1:] = Kind.DEAD
-    verdict = follow(tree, [0], [5])
+    verdict = follow(tree, {0: 5}.__getitem__)
     assert (verdict.path, verdict.tokens) == ([], [5])
 
 

@@ -388,7 +388,7 @@ def test_packed_weights_come_from_the_cache(
     monkeypatch.delenv("FORETELL_CACHE")  # the compiled kernels stay where they are
     monkeypatch.delenv("FORETELL_KERNELS")
     for module in (store, content):
-        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(module, "cache_folder", lambda part: tmp_path / "cache")
     if kernels.load() is None:
         pytest.skip(str(kernels.why_not()))
     model = tiny_checkpoint(tmp_path / "m", tied=False)

@@ -107,6 +107,58 @@ def test_positions_purposes_tokens_and_seeds_are_independent() -> None:
     assert correlation(u[1:], u[:-1]) < 4
 
 
+def test_race_at_is_the_generators_own_noise() -> None:
+    rng = SeqRng(77)
+    ids = np.array([[0, 5, 99], [3, 3, 1]])
+    for salts in ([0, 0], [7, 123456789]):
+        got = rng.race_at([4, 9], Purpose.DRAFT, ids, salts)
+        for i, t in enumerate((4, 9)):
+            row = rng.race([t], Purpose.DRAFT, 100, salt=salts[i])[0]
+            assert (got[i] == row[ids[i].tolist()].numpy()).all()
+
+
+def rows_to_pick_from(vocab: int) -> dict[str, torch.Tensor]:
+    x = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab))
+    rows = {f"spread {s}": (x * s).softmax(-1) for s in (0.0, 0.3, 1.0, 4.0, 20.0)}
+    rows["few"] = torch.zeros(vocab)
+    rows["few"][:: max(1, vocab // 3)] = 0.25
+    rows["one"] = torch.nn.functional.one_hot(torch.tensor(vocab - 1), vocab).float()
+    rows["tiny"] = rows["spread 1.0"] * 1e-30
+    return rows
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 1000, 32000])
+def test_pick_is_the_argmax_over_the_row_of_noise(vocab: int) -> None:
+    for name, p in rows_to_pick_from(vocab).items():
+        for t in range(60):
+            for purpose in (Purpose.RESIDUAL, Purpose.TARGET):
+                noise = SeqRng(t).race([7], purpose, vocab)[0]
+                want = int((p / noise).argmax())
+                assert SeqRng(t).pick(p, 7, purpose) == want, (name, t)
+                assert SeqRng(t).pick(p.double(), 7, purpose) == int((p.double() / noise).argmax())
+                known = SeqRng(t)
+                known.race([7, 8], purpose, vocab)
+                assert known.pick(p, 7, purpose) == want
+
+
+def test_pick_of_what_is_no_distribution() -> None:
+    p = torch.rand(500)
+    p[[40, 300]] = float("nan")
+    assert SeqRng(1).pick(p, 0) == 40  # as torch: the first NaN is largest
+    assert SeqRng(1).pick(torch.zeros(500), 0) == 0
+
+
+def test_pick_looks_closer_where_bounds_cannot_tell() -> None:
+    """Two tokens within rounding of each other: the first of the bounds is not the best score."""
+    said, wanted = [], []
+    for t in range(400):
+        noise = SeqRng(t).race([0], Purpose.RESIDUAL, 50)[0]
+        p = noise.clone() * (1 + 1e-7 * torch.rand(50))  # all scores are 1, or next to it
+        said.append(SeqRng(t).pick(p, 0))
+        wanted.append(int((p / noise).argmax()))
+    assert said == wanted
+
+
 def test_keys_do_not_collide() -> None:
     keys = {
         SeqRng(seed).key(position, purpose, salt)

@@ -36,3 +36,43 @@ def test_ties_go_to_the_lowest_column() -> None:
     x[1, [500, 2900]] = 1.0
     assert argmax_rows(x) == [0, 500]
     assert topk_rows(x, 2)[1][1].tolist() == [500, 2900]
+    assert topk_rows(x, 8)[1].tolist() == [[*range(8)], [500, 2900, *range(6)]]
+
+
+@pytest.mark.parametrize(("n", "vocab", "k"), [(17, 5000, 8), (9, 4097, 8), (5, 2048, 3)])
+def test_ties_everywhere(n: int, vocab: int, k: int) -> None:
+    """Few different values, the largest ones behind the last whole line of lanes too."""
+    rng = np.random.default_rng(vocab)
+    for _ in range(10):
+        x = torch.from_numpy(rng.integers(0, 40, (n, vocab)).astype("f4"))
+        x[0, vocab - 1] = 41.0
+        values, columns = topk_rows(x, k)
+        expected = x.sort(dim=-1, descending=True, stable=True)
+        assert (values == expected.values[:, :k].numpy()).all()
+        assert (columns == expected.indices[:, :k].numpy()).all()
+
+
+@pytest.mark.parametrize("vocab", [9, 3000])
+def test_some_of_the_rows(vocab: int) -> None:
+    x = torch.randn(6, vocab)
+    for at in ([4], [5, 0, 2], [0, 1, 2, 3, 5, 4], []):
+        values, columns = topk_rows(x, 4, np.array(at, np.int64))
+        want = topk_rows(x[at], 4)
+        assert (values == want[0]).all()
+        assert (columns == want[1]).all()
+
+
+def test_more_than_there_is_and_nothing() -> None:
+    x = torch.randn(2, 40)
+    assert (topk_rows(x, 64)[1] == x.sort(descending=True).indices.numpy()).all()
+    assert topk_rows(torch.empty(0, 3000), 8)[1].shape == (0, 8)
+
+
+@pytest.mark.parametrize("vocab", [7, 3000])
+def test_a_nan_is_no_candidate(vocab: int) -> None:
+    x = torch.arange(2.0 * vocab).reshape(2, vocab)
+    x[1, vocab - 2] = float("nan")
+    columns = topk_rows(x, 3)[1].tolist()
+    assert columns[0] == [vocab - 1, vocab - 2, vocab - 3]
+    assert columns[1] == [vocab - 1, vocab - 3, vocab - 4]
+    assert argmax_rows(x) == [vocab - 1, vocab - 2]

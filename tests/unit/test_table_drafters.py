@@ -23,7 +23,6 @@ from foretell.drafters.recycling import TokenRecycling
 from foretell.drafters.stand import Stand
 from foretell.drafters.tables.adjacency import Adjacency
 from foretell.drafters.tables.logit_ngrams import LogitNgrams
-from foretell.drafters.tables.noise import race_at
 from foretell.drafters.tables.ranks import (
     PAPER,
     RankStats,
@@ -33,7 +32,6 @@ from foretell.drafters.tables.ranks import (
     paper_tree,
 )
 from foretell.drafters.tables.stop import grown, kept
-from foretell.drafters.tables.topk import top_ids
 from foretell.drafters.tables.trigrams import TriGrams, mixed, monte_carlo
 from helpers_model import TableModel
 
@@ -54,30 +52,21 @@ def drafted(tree) -> list[int]:
     return tree.tokens[tree.n_context :].tolist()
 
 
+def keeps_to_budgets(drafter, state, view: SeqView, vocab: int) -> None:
+    """It drafts something wherever it may, and never more than it may."""
+    for nodes, depth, width in itertools.product((0, 1, 7, 99), (0, 1, 3), (1, 2, 9)):
+        (tree,) = drafter.propose([state], [view], [Budget(nodes, depth, width)])
+        tree.validate(vocab)
+        assert tree.drafted <= nodes
+        assert max(tree.level(n) for n in range(len(tree))) <= depth
+        assert max(len(tree.children(n)) for n in range(len(tree))) <= width
+        assert tree.drafted > 0 or not nodes or not depth
+    stop = Budget(99, 5, 9, lambda scores: len(scores) >= 2)
+    (tree,) = drafter.propose([state], [view], [stop])
+    assert max(tree.level(n) for n in range(len(tree))) == 2
+
+
 # --- shared pieces
-
-
-@pytest.mark.parametrize(("n", "v", "k"), [(3, 5000, 8), (1, 4097, 8), (5, 2048, 3), (2, 40, 64)])
-def test_top_ids_are_the_topk(n, v, k) -> None:
-    for seed in range(5):
-        torch.manual_seed(seed)
-        logits = torch.randn(n, v)
-        logits[0, v - 1] = 9.0  # behind the last whole group
-        got = top_ids(logits, k)
-        want = logits.topk(min(k, v), -1)
-        assert (torch.gather(logits, 1, torch.from_numpy(got)) == want.values).all()
-        assert all(len(set(row)) == min(k, v) for row in got.tolist())
-    assert top_ids(torch.empty(0, v), k).shape[0] == 0
-
-
-def test_race_at_is_the_generators_own_noise() -> None:
-    rng = SeqRng(77)
-    ids = np.array([[0, 5, 99], [3, 3, 1]])
-    for salts in ([0, 0], [7, 123456789]):
-        got = race_at(rng, [4, 9], Purpose.DRAFT, ids, salts)
-        for i, t in enumerate((4, 9)):
-            row = rng.race([t], Purpose.DRAFT, 100, salt=salts[i])[0]
-            np.testing.assert_allclose(got[i], row[ids[i].tolist()].numpy(), rtol=1e-6)
 
 
 def test_kept_leaves_out_what_lies_below() -> None:
@@ -568,16 +557,7 @@ def test_aded_budgets() -> None:
     view = view_of([r.randrange(3) for _ in range(300)])
     drafter = Aded(nodes=20, depth=5)
     state = drafter.begin(view)
-    for nodes, depth, width in itertools.product((0, 1, 7, 99), (0, 1, 3), (1, 2, 9)):
-        (tree,) = drafter.propose([state], [view], [Budget(nodes, depth, width)])
-        tree.validate(3)
-        assert tree.drafted <= nodes
-        assert max(tree.level(n) for n in range(len(tree))) <= depth
-        assert max(len(tree.children(n)) for n in range(len(tree))) <= width
-        assert tree.drafted > 0 or not nodes or not depth
-    stop = Budget(99, 5, 9, lambda scores: len(scores) >= 2)
-    (tree,) = drafter.propose([state], [view], [stop])
-    assert max(tree.level(n) for n in range(len(tree))) == 2
+    keeps_to_budgets(drafter, state, view, 3)
 
 
 def test_aded_accepts_more_than_one_token_a_call_on_repetitive_text() -> None:
@@ -718,16 +698,7 @@ def test_stand_budgets_and_stops() -> None:
         view = view_of([0, 1], 0, draw)
         state = drafter.begin(view)
         state.tables = drafter.tables
-        for nodes, depth, width in itertools.product((0, 1, 7, 99), (0, 1, 3), (1, 2, 9)):
-            (tree,) = drafter.propose([state], [view], [Budget(nodes, depth, width)])
-            tree.validate(8)
-            assert tree.drafted <= nodes
-            assert max(tree.level(n) for n in range(len(tree))) <= depth
-            assert max(len(tree.children(n)) for n in range(len(tree))) <= width
-            assert tree.drafted > 0 or not nodes or not depth
-        stop = Budget(99, 5, 9, lambda scores: len(scores) >= 2)
-        (tree,) = drafter.propose([state], [view], [stop])
-        assert max(tree.level(n) for n in range(len(tree))) == 2
+        keeps_to_budgets(drafter, state, view, 8)
 
 
 def test_the_tree_of_stand_follows_the_data() -> None:

@@ -227,6 +227,8 @@ def test_k_seq_scale_is_the_smallest_allowed() -> None:
 class Fixed:
     """Rows given by hand, one for every node, and hidden states."""
 
+    host = True
+
     def __init__(self, table: list[list[float]], hidden=None, deterministic: bool = False) -> None:
         self.table, self.deterministic = torch.tensor(table), deterministic
         self.states = hidden

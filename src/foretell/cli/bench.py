@@ -150,8 +150,8 @@ def bench(
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder.")
 
+    from foretell.core.places import cache_folder
     from foretell.lab.bench import report
-    from foretell.lab.bench.exports import default_folder
     from foretell.lab.bench.machine import usable_cores
     from foretell.lab.bench.run import Bench
     from foretell.lab.bench.systems import Hooks, Settings
@@ -179,7 +179,7 @@ def bench(
     )
     with ExitStack() as bars:
         hooks = Hooks(lambda text: note(text, quiet), lambda n, t: stage(bars, n, t, quiet))
-        run = Bench(settings, loads, out, resume, hooks, export_dir or default_folder())
+        run = Bench(settings, loads, out, resume, hooks, export_dir or cache_folder("bench"))
         try:
             summary, source = run.measure()
         except KeyboardInterrupt:

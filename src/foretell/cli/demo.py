@@ -128,9 +128,7 @@ def run(
 ) -> list[Pair]:
     """Plain and speculative by turns, so that a busy machine slows both alike; the first round
     of each prompt warms up and is not kept."""
-    from foretell.engine.llm import LLM
-
-    plain = LLM(llm.model, llm.tokenizer, draft="none", max_batch=1)
+    plain = llm.with_methods(max_batch=1)
     pairs = [Pair(name, text) for name, text in PROMPTS.items()]
     for pair in pairs:
         prompt: str | list[int] = pair.prompt

@@ -21,9 +21,10 @@ def cache(
 
     FORETELL_CACHE names its parent folder; FORETELL_CACHE_GB bounds its size (20; 0 = no cache).
     """
+    from foretell.core.places import cache_folder
     from foretell.models.quant import store
 
-    folder = store.cache_folder()
+    folder = cache_folder("weights")
     freed = store.clear() if clear else None
     files = store.cached()
     if json:

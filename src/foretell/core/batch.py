@@ -80,16 +80,19 @@ def segment_of(tree: TokenTree, start: int, logits: Sequence[int] | None) -> Seg
 
     logits: node indices whose logits are wanted (DEAD ones are skipped), None = all live ones.
     """
-    live = tree.live
-    whole = len(live) == len(tree)
-    ancestors = None
-    if not tree.is_chain:
-        ancestors = tree.ancestors() if whole else tree.ancestors()[np.ix_(live, live)]
-    wanted = None
-    if logits is not None:
+    live, wanted = tree.live, None
+    if isinstance(logits, range):  # numpy takes a range number by number
+        wanted = np.arange(logits.start, logits.stop, logits.step, dtype=np.int64)
+    elif logits is not None:
+        wanted = np.asarray(logits, np.int64)
+    if len(live) == len(tree):
+        ancestors = None if tree.is_chain else tree.ancestors()
+        return Segment(tree.tokens, start + tree.depth, ancestors, wanted, tree.embeds)
+    ancestors = None if tree.is_chain else tree.ancestors()[np.ix_(live, live)]
+    if wanted is not None:
         row = np.full(len(tree), -1, np.int64)
         row[live] = np.arange(len(live))
-        wanted = row[np.asarray(logits, np.int64)]
+        wanted = row[wanted]
         wanted = wanted[wanted >= 0]
     embeds = None
     if tree.embeds is not None:

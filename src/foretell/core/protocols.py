@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from foretell.core.params import SamplingParams
+    from foretell.core.params import SamplingParams, Speculation
 
 
 class Promise(StrEnum):
@@ -171,6 +171,15 @@ class LayerAccess(Protocol):
         ...
 
 
+class Races(Protocol):
+    """Models that can sample from a row of their logits without a softmax."""
+
+    def race(self, logits: Tensor, temperature: float, key: int) -> int:
+        """``argmax(softmax(logits / temperature) / E)`` for logits [V] and the row of noise E of
+        `SeqRng.key`, as float32 arithmetic has it; -1 where it is too close to call."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a drafter needs from the engine; checked once, at start-up."""
@@ -234,6 +243,12 @@ class SeqView:
     cache: KVCache | None = None
     """The target's own cache of the sequence, for drafters that run its layers: they may open a
     transaction on it inside `propose` or `observe` and must roll it back."""
+    control: Speculation | None = None  # what the request wants of speculation; None = no wish
+
+    @property
+    def most_drafts(self) -> int:
+        """Most nodes a step may draft for it, by its own wish."""
+        return 1 << 30 if self.control is None else self.control.limit
 
     @property
     def pending(self) -> list[int]:
@@ -269,6 +284,7 @@ class TargetRows(Protocol):
     """The target's processed rows of one sequence, computed when asked for."""
 
     deterministic: bool  # temperature 0: the token after a node is `greedy` of it
+    host: bool  # the rows lie on the host: to ask node by node, as the walk goes, costs least
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
         """Argmax of the processed logits at each node; ties go to the lowest id."""
@@ -279,6 +295,11 @@ class TargetRows(Protocol):
         of temperature 1). read: nodes whose logits to process in the places of `nodes`."""
         ...
 
+    def raw(self, node: int) -> tuple[Tensor, float] | None:
+        """(raw logits [V], temperature) where the distribution after a node is no more than their
+        softmax."""
+        ...
+
     def hidden(self, tap: Tap, nodes: Sequence[int]) -> Tensor:
         """[k, H]: hidden states of the target at `nodes`, of a tap in the rule's `needs`."""
         ...
@@ -287,8 +308,9 @@ class TargetRows(Protocol):
 class Draws(Protocol):
     """The random numbers a verifier may use (`SeqRng`, or a test's enumerator)."""
 
+    def key(self, position: int, purpose: Any) -> int: ...
     def flip(self, p: float, w: float, position: int, index: int) -> bool: ...
-    def pick(self, p: Tensor, position: int) -> int: ...
+    def pick(self, p: Tensor, position: int, purpose: Any = ...) -> int: ...
     def race(self, positions: Sequence[int], purpose: Any, vocab: int, device: Any) -> Tensor: ...
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from foretell.core.rows import argmax_rows
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -84,8 +86,28 @@ class SeqRng:
         return self.uniform(position, Purpose.ACCEPT, index) * w < p
 
     def pick(self, p: Tensor, position: int, purpose: Purpose = Purpose.RESIDUAL) -> int:
-        """Draw one index from the unnormalised distribution p [V]."""
-        return int((p / self.race([position], purpose, p.shape[-1], p.device)[0]).argmax())
+        """Draw one index from the unnormalised distribution p [V]: the argmax of p over the row of
+        noise that `race` gives, most of which is never computed on a CPU."""
+        where = (position, p.shape[-1], str(p.device))
+        noise = self._recent.get(where) if purpose is Purpose.TARGET else None
+        if noise is None and where[2] == "cpu" and p.element_size() == 4:
+            return _winner_on_host(p.numpy(), self.key(position, purpose))
+        if noise is None:
+            noise = self.race([position], purpose, p.shape[-1], p.device)[0]
+        return argmax_rows((p / noise)[None])[0]
+
+    def race_at(
+        self,
+        positions: Sequence[int],
+        purpose: Purpose,
+        ids: np.ndarray,
+        salts: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Single entries of the rows that `race` gives on a CPU: (i, j) is that of position i (and
+        its salt) and token ids[i, j]; ids [n, k] -> [n, k] float32."""
+        salts = salts or [0] * len(positions)
+        keys = [self.key(t, purpose, s) for t, s in zip(positions, salts, strict=True)]
+        return _noise_at(np.array(keys, np.uint64)[:, None], ids)
 
     def race(
         self,
@@ -163,21 +185,66 @@ def _race_on_host(keys: Sequence[int], vocab: int) -> np.ndarray:
     """The same by numpy, whose 64-bit multiplications are vectorised: half the time."""
     steps = _host_offsets(vocab)
     out = np.empty((len(keys), vocab), np.float32)
-    part = np.empty(vocab, np.uint64)
     for row, key in zip(out, keys, strict=True):
-        z = steps + np.uint64(key)
-        for shift, factor in ((30, _M1), (27, _M2), (31, 1)):
-            np.right_shift(z, np.uint64(shift), out=part)
-            z ^= part
-            if factor != 1:
-                z *= np.uint64(factor)
-        z >>= np.uint64(12)
-        u = z.astype(np.float64)
-        u += 0.5
-        u *= 2.0**-52
-        np.log(u, out=u)
-        np.negative(u, out=row, casting="same_kind")
+        _exponential(_scrambled(steps + np.uint64(key)), row)
     return out
+
+
+def _noise_at(keys: np.ndarray | np.uint64, ids: np.ndarray) -> np.ndarray:
+    """Noise of single tokens, float32; keys uint64, of a shape that goes with that of ids."""
+    z = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    z += keys
+    return _exponential(_scrambled(z), np.empty(z.shape, np.float32))
+
+
+def _scrambled(z: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, in place, but for its last step (which leaves the upper 31 bits)."""
+    part = z >> np.uint64(30)
+    z ^= part
+    z *= np.uint64(_M1)
+    np.right_shift(z, np.uint64(27), out=part)
+    z ^= part
+    z *= np.uint64(_M2)
+    return z
+
+
+def _exponential(z: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """-log of the uniform that `_scrambled` bits stand for; z is overwritten."""
+    z ^= z >> np.uint64(31)
+    z >>= np.uint64(12)
+    u = z.astype(np.float64)
+    u += 0.5
+    u *= 2.0**-52
+    np.log(u, out=u)
+    return np.negative(u, out=out, casting="same_kind")
+
+
+def _winner_on_host(p: np.ndarray, key: int) -> int:
+    """``argmax(p / E)`` for p [V] float32 and the row E of `key`, to the bit, lowest index first.
+
+    E = -log u is at least 1 - u, so no token scores more than p / (1 - u). With those bounds for
+    the whole row, and the score of the token whose bound is highest, hardly ever more than one
+    token is left to take a logarithm of.
+    """
+    seed = np.uint64(key)
+    z = _scrambled(_host_offsets(len(p)) + seed)
+    np.invert(z, out=z)
+    z >>= np.uint64(33)  # 31 bits of 1 - u; the lower ones are not finished
+    bound = z.view(np.int64).astype(np.float32)
+    bound += np.float32(2.0**-23)  # less than what the lower ones are at least
+    np.divide(p, bound, out=bound)
+    first = int(bound.argmax())
+    score = p[first] / _noise_at(seed, np.array([first]))[0]
+    if not 0 < score < np.inf:
+        return int((p / _race_on_host([key], len(p))[0]).argmax())
+    reach = score * np.float32(2.0**-31 * (1 - 1e-5))  # room for the rounding of all of it
+    highest, bound[first] = bound[first], 0
+    if bound.max() < reach:
+        return first
+    bound[first] = highest
+    among = np.flatnonzero(bound >= reach)
+    scores = p[among] / _noise_at(seed, among)
+    return int(among[scores.argmax()])
 
 
 @lru_cache(maxsize=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class Aded:
     summary = "tri-grams learnt on the way, searched by Monte-Carlo tree search"
     needs = Needs()
     shapes = frozenset({"tree", "onehot"})
+    from_context = ("corpus",)
 
     def __init__(
         self,
@@ -74,21 +76,9 @@ class Aded:
         self.past = TriGrams(bytes - self.corpus.nbytes, width)
 
     @classmethod
-    def build(
-        cls,
-        context: BuildContext,
-        nodes: int = 16,
-        depth: int = 6,
-        iterations: int = 48,
-        width: int = 12,
-        past: float = 0.25,
-        bytes: int = 32 << 20,
-        share: str = "exact",
-        corpus: str | None = None,
-    ) -> Aded:
+    def build(cls, context: BuildContext, corpus: str | None = None, **options: Any) -> Aded:
         """corpus: path of a UTF-8 text file in the target's language."""
-        ids = [] if corpus is None else _read(corpus, context)
-        return cls(nodes, depth, iterations, width, past, bytes, share, ids)
+        return cls(corpus=[] if corpus is None else _read(corpus, context), **options)
 
     def state_bytes(self) -> int:
         """Of what all requests share."""

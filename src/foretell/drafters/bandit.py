@@ -108,8 +108,9 @@ class Bandit(Composed):
         super().observe(states, feedback)
         now = perf_counter()
         for s, f in zip(states, feedback, strict=True):
-            if s.arm >= 0 and f.verdict.tokens:
+            if s.arm >= 0 and f.verdict.tokens and s.started:
                 self._settle(s, len(f.verdict.tokens), now - s.started)
+            s.started = 0.0  # a step that it slept through says nothing about an arm
 
     def _settle(self, s: BanditState, tokens: int, seconds: float) -> None:
         s.steps += 1

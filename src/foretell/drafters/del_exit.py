@@ -10,7 +10,8 @@ import torch
 
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
-from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqView, TargetModel
+from foretell.core.protocols import Budget, BuildContext, Needs, SeqView, TargetModel
+from foretell.core.rows import largest
 from foretell.core.tree import TokenTree
 from foretell.drafters.self_draft import SelfDraft, shape_of, stop_below
 from foretell.drafters.trees.chain import Chain
@@ -70,7 +71,7 @@ class DelState:
     rounds: int = 0
 
 
-class DynamicExit:
+class DynamicExit(SelfDraft):
     """`early-exit` whose layer and length are chosen in every round, for every sequence.
 
     Every `every` rounds the target's hidden states behind each of `exits` candidate layers, on the
@@ -87,11 +88,8 @@ class DynamicExit:
     """
 
     name = "del"
-    promise = Promise.EXACT
     paper = "DEL: Context-Aware Dynamic Exit Layer for Efficient Self-Speculative Decoding"
     summary = "early exit whose layer and length follow the text"
-    needs = Needs(layer_access=True)  # and, of an instance, taps
-    own_trees_only = True  # a shape learns from the ranks of its own nodes
 
     def __init__(
         self,
@@ -103,21 +101,18 @@ class DynamicExit:
         head: float | None = None,
         shape: TreeShape | None = None,
     ) -> None:
-        self.shape = shape or Chain(tokens)
-        self._draft = SelfDraft(self.name, model, self.shape)
+        super().__init__(model, shape or Chain(tokens))
         if tokens < 1 or exits < 1 or every < 1 or not 0 < fade <= 1 or (head or 0.0) < 0:
             raise InputError(
                 "del needs tokens >= 1, exits >= 1, every >= 1, 0 < fade <= 1 and head >= 0."
             )
         spec = model.spec
-        self.model, self.tokens, self.every, self.fade = model, tokens, every, fade
+        self.tokens, self.every, self.fade = tokens, every, fade
         # a layer has about 12 H^2 weights, the head V H
         self.head = spec.vocab / (12 * spec.hidden) if head is None else head
         few = min(exits, spec.layers - 1)
         self.exits = sorted({max(1, round((i + 1) * spec.layers / (few + 1))) for i in range(few)})
         self.needs = Needs(layer_access=True, taps=tuple(self.exits))
-        self.shapes, self.draws = self.shape.holds, self.shape.draws
-        self.unsound = self.shape.unsound
 
     @classmethod
     def build(
@@ -152,11 +147,11 @@ class DynamicExit:
             runs.append(tuple(range(layer)) if tokens else ())
             budget = replace(budget, depth=min(budget.depth, tokens))
             limited.append(stop_below(budget, state.shadows[layer].threshold))
-        return self._draft.propose(states, views, limited, runs)
+        return self.draft(states, views, limited, runs)
 
     def observe(self, states: Sequence[DelState], feedback: Sequence[Feedback]) -> None:
+        super().observe(states, feedback)
         for state, f in zip(states, feedback, strict=True):
-            state.shape.observe(f.tree, f.verdict)
             if not f.tokens:
                 continue  # a part of a prompt
             if state.rounds % self.every == 0:
@@ -171,11 +166,8 @@ class DynamicExit:
         following = f.tokens[-TAIL:]
         nodes = [f.tree.tip, *f.verdict.path][: len(f.tokens)][-TAIL:]
         hidden = torch.cat([f.hidden[layer][nodes] for layer in self.exits])
-        sure, said = self.model.unembed(hidden).softmax(-1).max(-1)
+        sure, said = largest(self.model.unembed(hidden).softmax(-1), 1)
         both = torch.stack([sure.double(), said.double()]).view(2, len(self.exits), -1).tolist()
         for i, layer in enumerate(self.exits):
             hits = [int(a) == b for a, b in zip(both[1][i], following, strict=True)]
             state.shadows[layer].tell(hits, both[0][i], self.fade)
-
-    def end(self, state: DelState) -> None:
-        """The rows were the target's."""

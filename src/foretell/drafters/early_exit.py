@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foretell.core.errors import InputError
-from foretell.core.feedback import Feedback
-from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqView, TargetModel
+from foretell.core.protocols import Budget, BuildContext, SeqView, TargetModel
 from foretell.core.tree import TokenTree
 from foretell.drafters.self_draft import SelfDraft, check_threshold, shape_of, stop_below
 from foretell.drafters.trees.chain import Chain
@@ -20,7 +19,7 @@ class ExitState:
     shape: TreeShape
 
 
-class EarlyExit:
+class EarlyExit(SelfDraft):
     """Runs the first `layer` layers of the target (default: a quarter of them), then its final norm
     and head, and drafts a chain of `tokens`, or ``tree=NAME`` with that tree's options. Drafting
     stops below a token whose probability is under `threshold`.
@@ -34,11 +33,8 @@ class EarlyExit:
     """
 
     name = "early-exit"
-    promise = Promise.EXACT
     paper = "LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding"
     summary = "the target's first layers and its head draft for the whole of it"
-    needs = Needs(layer_access=True)
-    own_trees_only = True  # a shape learns from the ranks of its own nodes
 
     def __init__(
         self,
@@ -47,16 +43,13 @@ class EarlyExit:
         threshold: float = 0.0,
         shape: TreeShape | None = None,
     ) -> None:
-        self.shape = shape or Chain(4)
-        self._draft = SelfDraft(self.name, model, self.shape)
+        super().__init__(model, shape or Chain(4))
         total = model.spec.layers
         layer = max(1, total // 4) if layer is None else layer
         if not 1 <= layer < total:
             raise InputError(f"early-exit:layer={layer} is not one of 1..{total - 1}.")
         self.threshold = check_threshold(self.name, threshold)
         self.layers = tuple(range(layer))
-        self.shapes, self.draws = self.shape.holds, self.shape.draws
-        self.unsound = self.shape.unsound
 
     @classmethod
     def build(
@@ -79,11 +72,4 @@ class EarlyExit:
         self, states: Sequence[ExitState], views: Sequence[SeqView], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
         limited = [stop_below(b, self.threshold) for b in budgets]
-        return self._draft.propose(states, views, limited, [self.layers] * len(views))
-
-    def observe(self, states: Sequence[ExitState], feedback: Sequence[Feedback]) -> None:
-        for state, f in zip(states, feedback, strict=True):
-            state.shape.observe(f.tree, f.verdict)
-
-    def end(self, state: ExitState) -> None:
-        """The rows were the target's."""
+        return self.draft(states, views, limited, [self.layers] * len(views))

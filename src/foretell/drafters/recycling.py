@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, CostModel, Needs, Promise, SeqView
+from foretell.core.rows import topk_rows
 from foretell.core.tree import TokenTree
 from foretell.drafters.tables.adjacency import Adjacency
 from foretell.drafters.tables.ranks import (
@@ -22,7 +24,6 @@ from foretell.drafters.tables.ranks import (
 )
 from foretell.drafters.tables.sharing import check_share, shares
 from foretell.drafters.tables.stop import grown
-from foretell.drafters.tables.topk import top_ids
 
 REFIT = 64  # steps between two looks at what tree is best
 DEPTH = 8  # levels of a sized tree
@@ -64,6 +65,7 @@ class TokenRecycling:
     summary = "a tree of what the target last thought likely after each token"
     needs = Needs(logits=True)
     shapes = frozenset({"tree", "onehot"})
+    from_context = ("vocab", "cost")
 
     def __init__(
         self,
@@ -86,16 +88,9 @@ class TokenRecycling:
         self._fitted: dict[tuple[int, int, int, int], tuple[int, RankTree]] = {}
 
     @classmethod
-    def build(
-        cls,
-        context: BuildContext,
-        nodes: int = 0,
-        k: int = 8,
-        update: str = "all",
-        share: str = "exact",
-    ) -> TokenRecycling:
+    def build(cls, context: BuildContext, **options: Any) -> TokenRecycling:
         """Sized by the engine's cost model unless `nodes` says otherwise."""
-        return cls(context.target.spec.vocab, nodes, k, update, share, context.cost)
+        return cls(context.target.spec.vocab, cost=context.cost, **options)
 
     def state_bytes(self) -> int:
         """Of what all requests share."""
@@ -174,11 +169,13 @@ class TokenRecycling:
         else:
             nodes = np.flatnonzero(f.logits.row >= 0)
             nodes = nodes[nodes >= tree.tip]
-        ids = top_ids(f.logits[nodes.tolist()], self.k)
         # A token may stand at several nodes: refused ones first, the shallower over the deeper;
-        # then the accepted ones, the later over the earlier.
+        # then the accepted ones, the later over the earlier. Only the last one's row is kept.
         taken = np.zeros(len(tree), bool)
         taken[path] = True
         depth = tree.depth[nodes]
         order = np.argsort(np.where(taken[nodes], depth, -1 - depth), kind="stable")
-        table.put(tree.tokens[nodes][order], ids[order])
+        tokens, last = np.unique(tree.tokens[nodes][order[::-1]], return_index=True)
+        kept = nodes[order[::-1][last]]
+        _, ids = topk_rows(f.logits.packed, self.k, f.logits.row[kept])
+        table.put(tokens, ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
@@ -31,6 +32,7 @@ class Retrieval:
     summary = "what most often followed the longest match in a datastore of text"
     needs = Needs()
     shapes = frozenset({"tree", "onehot"})
+    from_context = ("store",)
 
     def __init__(
         self,
@@ -54,16 +56,7 @@ class Retrieval:
         self.max_match, self.min_match, self.samples = max_match, min_match, samples
 
     @classmethod
-    def build(
-        cls,
-        context: BuildContext,
-        path: str | None = None,
-        nodes: int = 16,
-        depth: int = 10,
-        max_match: int = 16,
-        min_match: int = 2,
-        samples: int = 256,
-    ) -> Retrieval:
+    def build(cls, context: BuildContext, path: str | None = None, **options: Any) -> Retrieval:
         """path: the datastore. Refuses one that another tokenizer made."""
         if path is None:
             raise InputError(
@@ -82,7 +75,7 @@ class Retrieval:
                 f"The datastore {path} has {store.vocab} token ids but the model only "
                 f"{context.target.spec.vocab}: build one for this model."
             )
-        return cls(store, nodes, depth, max_match, min_match, samples)
+        return cls(store, **options)
 
     def state_bytes(self) -> int:
         """Nothing of its own: the store is mapped."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.errors import InputError
+from foretell.core.feedback import Feedback
 from foretell.core.protocols import (
     Budget,
     BuildContext,
     KVCache,
     LayerAccess,
+    Needs,
+    Promise,
     SeqView,
     TargetModel,
     Txn,
@@ -37,27 +40,42 @@ class Shaped(Protocol):
 
 
 class SelfDraft:
-    """Grows drafts with some layers of the target on the target's own cache, copying nothing.
+    """Base of drafters that grow drafts with some layers of the target on the target's own cache,
+    copying nothing. A state per sequence has the `shape` that `self.shape.bind` gave.
 
     Committed rows hold the K/V of every layer, so a draft reads exact keys of the layers it runs;
     its own rows live in a transaction that is rolled back. What the layers it leaves out would
     write is never read: they do not run.
     """
 
-    def __init__(self, name: str, model: TargetModel, shape: TreeShape) -> None:
+    name: ClassVar[str]
+    promise = Promise.EXACT
+    needs = Needs(layer_access=True)
+    own_trees_only = True  # a shape learns from the ranks of its own nodes
+
+    def __init__(self, model: TargetModel, shape: TreeShape) -> None:
         """InputError when the model cannot run single layers, or has too few of them."""
         if not model.spec.caps.layer_access:
             raise InputError(
-                f"'{name}' runs single layers of the target, which this model's adapter cannot "
-                "do: choose another drafter."
+                f"'{self.name}' runs single layers of the target, which this model's adapter "
+                "cannot do: choose another drafter."
             )
         if model.spec.layers < 2:
-            raise InputError(f"'{name}' needs a target of at least two layers.")
+            raise InputError(f"'{self.name}' needs a target of at least two layers.")
         if "chain" not in shape.holds and not model.spec.caps.tree:
             raise InputError("This model cannot score trees: let it draft a chain.")
         self.model, self.shape = model, shape
+        self.shapes, self.draws, self.unsound = shape.holds, shape.draws, shape.unsound
 
-    def propose(
+    def observe(self, states: Sequence[Any], feedback: Sequence[Feedback]) -> None:
+        """The shape may learn."""
+        for state, f in zip(states, feedback, strict=True):
+            state.shape.observe(f.tree, f.verdict)
+
+    def end(self, state: Any) -> None:
+        """The rows were the target's."""
+
+    def draft(
         self,
         states: Sequence[Shaped],
         views: Sequence[SeqView],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
-from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqView, TargetModel
+from foretell.core.protocols import Budget, BuildContext, SeqView, TargetModel
 from foretell.core.rng import Purpose
 from foretell.core.rows import argmax_rows
 from foretell.core.tree import TokenTree
@@ -114,7 +114,7 @@ class SkipState:
     steps: int = 0
 
 
-class SelfSkip:
+class SelfSkip(SelfDraft):
     """Drafts with the target itself, leaving out a share `skip` of its inner layers (the first and
     the last always run): a chain of up to `tokens`, ended below a token whose probability is under
     `threshold`, or ``tree=NAME`` with that tree's options.
@@ -132,11 +132,8 @@ class SelfSkip:
     """
 
     name = "self-skip"
-    promise = Promise.EXACT
     paper = "SWIFT: On-the-Fly Self-Speculative Decoding for LLM Inference Acceleration"
     summary = "the target without some of its layers drafts; which ones is found on the fly"
-    needs = Needs(layer_access=True)
-    own_trees_only = True  # a shape learns from the ranks of its own nodes
 
     def __init__(
         self,
@@ -148,16 +145,12 @@ class SelfSkip:
         shape: TreeShape | None = None,
     ) -> None:
         """every=0: keep to the first set."""
-        self.shape = shape or Chain(8)
-        self._draft = SelfDraft(self.name, model, self.shape)
+        super().__init__(model, shape or Chain(8))
         if not 0 < skip < 1 or every < 0 or span < 2:
             raise InputError("self-skip needs 0 < skip < 1, every >= 0 and span >= 2.")
         self.threshold, self.every, self.span = check_threshold(self.name, threshold), every, span
-        self.model, total = model, model.spec.layers
-        self.choices = tuple(range(1, total - 1)) or (1,)
+        self.choices = tuple(range(1, model.spec.layers - 1)) or (1,)
         self.skip = max(1, int(len(self.choices) * skip))
-        self.shapes, self.draws = self.shape.holds, self.shape.draws
-        self.unsound = self.shape.unsound
 
     @classmethod
     def build(
@@ -188,11 +181,11 @@ class SelfSkip:
     ) -> list[TokenTree]:
         limited = [stop_below(b, self.threshold) for b in budgets]
         runs = [self.kept(s.search.best) for s in states]
-        return self._draft.propose(states, views, limited, runs)
+        return self.draft(states, views, limited, runs)
 
     def observe(self, states: Sequence[SkipState], feedback: Sequence[Feedback]) -> None:
+        super().observe(states, feedback)
         for state, f in zip(states, feedback, strict=True):
-            state.shape.observe(f.tree, f.verdict)
             if not f.tokens or not self.every or state.search.done(0.95):
                 continue
             state.steps += 1
@@ -214,6 +207,3 @@ class SelfSkip:
         with self.model.open([cache]) as txn:
             logits = run_some(self.model, [segment], txn, self.kept(skipped))
         return agreement(logits, tokens[cache.n + 1 :])
-
-    def end(self, state: SkipState) -> None:
-        """The rows were the target's."""

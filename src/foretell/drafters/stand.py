@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,11 @@ from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, Draw, Needs, Promise, SeqView
 from foretell.core.rng import Purpose
+from foretell.core.rows import topk_rows
 from foretell.core.tree import TokenTree
 from foretell.drafters.tables.logit_ngrams import LogitNgrams
-from foretell.drafters.tables.noise import race_at
 from foretell.drafters.tables.ranks import RankStats, RankTree, best_paths, tree_of
 from foretell.drafters.tables.sharing import check_share, shares
-from foretell.drafters.tables.topk import top_ids
 
 OWN = 4 << 20  # bytes of the table of a request that keeps to itself
 REFIT = 64  # tokens between two looks at what tree is best
@@ -37,12 +37,11 @@ class StandTables:
 
 @dataclass(slots=True)
 class StandState:
-    """One sequence. base: length of the text when it was last drafted for."""
+    """One sequence."""
 
     view: SeqView
     tables: StandTables
     learnt: bool = False
-    base: int = 0
 
 
 class Stand:
@@ -65,6 +64,7 @@ class Stand:
     paper = "Accelerated Test-Time Scaling with Model-Free Speculative Sampling"
     summary = "n-grams that remember the target's distributions; draws without replacement"
     needs = Needs(logits=True)
+    from_context = ("vocab", "device")
 
     def __init__(
         self,
@@ -91,32 +91,10 @@ class Stand:
         self.tables = self._tables(bytes)
 
     @classmethod
-    def build(
-        cls,
-        context: BuildContext,
-        nodes: int = 16,
-        depth: int = 8,
-        k: int = 8,
-        max_ngram: int = 3,
-        min_ngram: int = 1,
-        bytes: int = 64 << 20,
-        share: str = "exact",
-        onehot: bool = False,
-    ) -> Stand:
+    def build(cls, context: BuildContext, **options: Any) -> Stand:
         """For the context's target."""
         target = context.target
-        return cls(
-            target.spec.vocab,
-            nodes,
-            depth,
-            k,
-            max_ngram,
-            min_ngram,
-            bytes,
-            share,
-            onehot,
-            target.device,
-        )
+        return cls(target.spec.vocab, device=target.device, **options)
 
     def _tables(self, limit: int) -> StandTables:
         grams = LogitNgrams(self.vocab, self.k, self.min_ngram, self.max_ngram, limit)
@@ -137,12 +115,15 @@ class Stand:
     def propose(
         self, states: Sequence[StandState], views: Sequence[SeqView], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        for state, view in zip(states, views, strict=True):
-            if not state.learnt:
-                state.tables.grams.learn(view.tokens[: view.prompt_len])
-                state.learnt = True
-            state.base = len(view.tokens)
+        for state in states:
+            self._read(state)
         return [self._one(s, v, b) for s, v, b in zip(states, views, budgets, strict=True)]
+
+    def _read(self, state: StandState) -> None:
+        """The prompt's n-grams, once; with nothing to draft for, nobody calls `propose`."""
+        if not state.learnt:
+            state.tables.grams.learn(state.view.tokens[: state.view.prompt_len])
+            state.learnt = True
 
     def _one(self, state: StandState, view: SeqView, budget: Budget) -> TokenTree:
         if budget.none:
@@ -170,13 +151,15 @@ class Stand:
                 self._learn(state, f)
 
     def _learn(self, state: StandState, f: Feedback) -> None:
-        tables, tree = state.tables, f.tree
+        self._read(state)
+        tables, tree, view = state.tables, f.tree, state.view
+        base = view.cached - len(f.verdict.path)  # what was committed before this step
         nodes = [tree.tip, *f.verdict.path][: len(f.tokens)]
         logits = f.logits[nodes]
-        ids = top_ids(logits, self.k)
+        _, ids = topk_rows(logits, self.k)
         picked = logits.gather(1, torch.from_numpy(ids).to(logits.device))
         probs = (picked - logits.logsumexp(-1, keepdim=True)).exp().cpu().numpy()
-        text = state.view.tokens[max(0, state.base - self.max_ngram) : state.base]
+        text = view.tokens[max(0, base - self.max_ngram) : base]
         for i, (node, token) in enumerate(zip(nodes, f.tokens, strict=True)):
             tables.grams.put(text, ids[i], probs[i])
             text = [*text[-self.max_ngram + 1 :], token] if self.max_ngram > 1 else [token]
@@ -248,10 +231,10 @@ class Drawing:
         q = q / q.sum(1, keepdims=True)
         weight = q
         if view.draw is Draw.NOISE:
-            weight = q / race_at(view.rng, [base + level] * len(slots), Purpose.TARGET, ids)
+            weight = q / view.rng.race_at([base + level] * len(slots), Purpose.TARGET, ids)
         elif self.sampled:
             salts = [(base << 16) + o for o in orders]
-            weight = q / race_at(view.rng, [base + level] * len(slots), Purpose.DRAFT, ids, salts)
+            weight = q / view.rng.race_at([base + level] * len(slots), Purpose.DRAFT, ids, salts)
         order = np.argsort(-weight, axis=1, kind="stable")
         return list(zip(ids, q, order, strict=True))
 

@@ -12,7 +12,7 @@ import torch
 
 from foretell.core.errors import InputError
 from foretell.core.protocols import TargetModel
-from foretell.engine.curve import ForwardTimer
+from foretell.engine.curve import ForwardTimer, take_turns
 from foretell.models.native.arch import Arch
 
 SHAPE = ("hidden", "layers", "heads", "kv", "ffn", "vocab")
@@ -109,22 +109,36 @@ def measure(
             f"--context {context} and {max(rows)} rows do not fit into the "
             f"{model.spec.max_positions} positions of this model."
         )
-    timer = ForwardTimer(model, context)
-    for n in rows:
-        timer(n)
-        timer(n)
-    seconds: dict[int, list[float]] = {n: [] for n in rows}
     streams = []
-    for i in range(repeats):
-        for n in rows:
-            seconds[n].append(timer(n))
-        if bandwidth is not None and i % max(1, repeats // 5) == 0:
-            streams.append(bandwidth())
-        progress(1)
+
+    def again(rounds: int) -> bool:
+        if rounds:
+            if bandwidth is not None and (rounds - 1) % max(1, repeats // 5) == 0:
+                streams.append(bandwidth())
+            progress(1)
+        return rounds < repeats
+
+    seconds = take_turns(ForwardTimer(model, context), rows, again)
     read = 0
     if model.spec.weight_bytes:
         read = model.spec.weight_bytes + context * model.spec.row_bytes
     return ForwardReport(context, seconds, read, statistics.median(streams) if streams else None)
+
+
+def forward_curve(
+    model: TargetModel, rows: Sequence[int], context: int, repeats: int
+) -> dict[str, Any]:
+    """Median milliseconds of forwards by number of rows, and their ratio to the first. A model with
+    a shorter context gets what it holds."""
+    context = max(0, min(context, model.spec.max_positions - max(rows) - 1))
+    report = measure(model, rows, context, repeats)
+    medians = [report.median(n) * 1e3 for n in rows]
+    return {
+        "context": context,
+        "rows": list(rows),
+        "ms": [round(m, 4) for m in medians],
+        "ratio": [round(m / medians[0], 4) for m in medians],
+    }
 
 
 def bandwidth(megabytes: int = 256) -> Callable[[], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import Draw, Draws, Promise, TargetRows
 from foretell.core.tree import TokenTree
-from foretell.verify.walk import follow
+from foretell.verify.walk import answers, follow
 
 
 class Greedy:
@@ -24,5 +24,4 @@ class Greedy:
     draw = Draw.TOP
 
     def __call__(self, tree: TokenTree, p: TargetRows, rng: Draws, position: int) -> Verdict:
-        nodes = tree.decisions()
-        return follow(tree, nodes, p.greedy(nodes))
+        return follow(tree, answers(tree, p, p.greedy))

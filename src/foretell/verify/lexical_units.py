@@ -6,7 +6,8 @@ from foretell.core.errors import InputError
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import Draw, Draws, Promise, TargetRows
 from foretell.core.tree import Kind, TokenTree
-from foretell.verify.replay import replay_tokens
+from foretell.verify.replay import replayed
+from foretell.verify.walk import answers
 
 
 class LexicalUnits:
@@ -40,24 +41,17 @@ class LexicalUnits:
         self.threshold = threshold
 
     def __call__(self, tree: TokenTree, p: TargetRows, rng: Draws, position: int) -> Verdict:
-        nodes = tree.decisions()
-        rows = p.probs(nodes)
-        if p.deterministic:
-            answers = p.greedy(nodes)
-        else:
-            answers = replay_tokens(tree, nodes, rows, rng, position)
-        at = {node: i for i, node in enumerate(nodes)}
+        say = answers(tree, p, p.greedy if p.deterministic else replayed(tree, p, rng, position))
         path: list[int] = []
         current = tree.tip
         while True:
-            i, children = at[current], tree.children(current)
-            answer = answers[i]
+            answer, children = say(current), tree.children(current)
             alive = [c for c in children if tree.kind[c] == Kind.CANDIDATE]
             tokens = tree.tokens[alive].tolist()
             if answer in tokens:
                 current = alive[tokens.index(answer)]
             else:
-                likely = rows[i, tokens].tolist() if tokens else []
+                likely = p.probs([current])[0, tokens].tolist() if tokens else []
                 if not likely or max(likely) < self.threshold:
                     said = [*tree.tokens[path].tolist(), answer]
                     return Verdict(path, said, len(path) + bool(children))

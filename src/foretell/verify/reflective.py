@@ -10,6 +10,7 @@ import numpy as np
 from foretell.core.errors import InputError
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import BuildContext, Draw, Draws, Promise, SeqView, TargetRows
+from foretell.core.rows import argmax_rows
 from foretell.core.tree import Kind, TokenTree
 from foretell.verify.walk import Settled, residual_walk
 
@@ -87,7 +88,7 @@ class Reflective:
         tokens = tree.tokens[nodes].tolist()
         usual, second = p.probs(parents), p.probs(parents, read=list(asked.values()))
         fused = (1 - self.weight) * usual + self.weight * second
-        best = dict(zip(nodes, fused.argmax(-1).tolist(), strict=True))
+        best = dict(zip(nodes, argmax_rows(fused), strict=True))
         fit = dict(zip(nodes, fused[range(len(nodes)), tokens].tolist(), strict=True))
 
         def test(node: int, left: float, q: float, here: int, index: int) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
 
 from foretell.core.feedback import Verdict
-from foretell.core.protocols import Draw, Draws, Promise, TargetRows
+from foretell.core.protocols import BuildContext, Draw, Draws, Promise, TargetRows
 from foretell.core.rng import Purpose
+from foretell.core.rows import argmax_rows
 from foretell.core.tree import TokenTree
-from foretell.verify.walk import follow
+from foretell.verify.walk import Ask, answers, follow
+
+Race = Callable[..., int]  # `core.protocols.Races.race`
 
 
 class Replay:
@@ -16,7 +19,8 @@ class Replay:
     is keyed by seed and position alone (the Gumbel trick: ``argmax(log p + Gumbel)``). A drafted
     token is accepted iff it equals that token, so the output is, token for token, that of plain
     sampled decoding with the same seed. Drafters that know their q use the same noise to agree
-    more often (Draw.NOISE). Cost: one noise row per depth of the tree.
+    more often (Draw.NOISE). Cost: one noise row per token that is emitted; per depth of the tree
+    where rows lie on a device and all of them are asked for at once.
 
     Paper: the sample-and-match rule of Leviathan, Kalman, Matias, "Fast Inference from
     Transformers via Speculative Decoding" (2023), under common random numbers. Promise: exact.
@@ -29,19 +33,40 @@ class Replay:
     accepts = frozenset({"chain", "tree", "onehot", "q"})
     draw = Draw.NOISE
 
+    def __init__(self, model: object = None) -> None:
+        """model: the target, for a quicker way to the same tokens where it has one (`Races`)."""
+        self.race: Race | None = getattr(model, "race", None)
+
+    @classmethod
+    def build(cls, context: BuildContext) -> Replay:
+        return cls(context.target)
+
     def __call__(self, tree: TokenTree, p: TargetRows, rng: Draws, position: int) -> Verdict:
-        nodes = tree.decisions()
-        return follow(tree, nodes, replay_tokens(tree, nodes, p.probs(nodes), rng, position))
+        return follow(tree, answers(tree, p, replayed(tree, p, rng, position, self.race)))
 
 
-def replay_tokens(
-    tree: TokenTree, nodes: list[int], probs: torch.Tensor, rng: Draws, position: int
-) -> list[int]:
-    """The tokens that the noise picks after each of `nodes`; probs [len(nodes), V]."""
-    levels = [tree.level(n) for n in nodes]
-    depth = max(levels) + 1
-    positions = range(position, position + depth)
-    noise = rng.race(positions, Purpose.TARGET, probs.shape[-1], probs.device)
-    if levels != list(range(depth)):  # a tree: siblings share their position's noise
-        noise = noise[levels]
-    return (probs / noise).argmax(-1).tolist()
+def replayed(
+    tree: TokenTree, p: TargetRows, rng: Draws, position: int, race: Race | None = None
+) -> Ask:
+    """Asks for the tokens that the noise picks after nodes."""
+
+    def ask(nodes: Sequence[int]) -> list[int]:
+        levels = [tree.level(n) for n in nodes]
+        if len(nodes) == 1:
+            return [one(nodes[0], position + levels[0])]
+        probs = p.probs(nodes)
+        depth = max(levels) + 1
+        positions = range(position, position + depth)
+        noise = rng.race(positions, Purpose.TARGET, probs.shape[-1], probs.device)
+        if levels != list(range(depth)):  # a tree: siblings share their position's noise
+            noise = noise[levels]
+        return argmax_rows(probs / noise)
+
+    def one(node: int, here: int) -> int:
+        if race is not None and (raw := p.raw(node)) is not None:
+            token = race(*raw, rng.key(here, Purpose.TARGET))
+            if token >= 0:
+                return token
+        return rng.pick(p.probs([node])[0], here, Purpose.TARGET)
+
+    return ask

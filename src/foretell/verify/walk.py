@@ -16,20 +16,31 @@ Test = Callable[[int, float, float, int, int], bool]
 """(node, what is left of p at its token, its q, position, index among its siblings) -> stands?"""
 
 
+Ask = Callable[[Sequence[int]], list[int]]
+"""Nodes -> the token that the target says after each of them."""
+
 Step = tuple[int, int]  # (the child to go on from, -1), or (-1, the bonus token)
 
 
-def follow(tree: TokenTree, nodes: Sequence[int], answers: Sequence[int]) -> Verdict:
+def answers(tree: TokenTree, p: TargetRows, ask: Ask) -> Callable[[int], int]:
+    """What the target says after a node: asked node by node where the rows lie on the host, so that
+    nothing is computed off the walk; on a device of all decision nodes at once, with one wait."""
+    if p.host:
+        return lambda node: ask([node])[0]
+    nodes = tree.decisions()
+    return dict(zip(nodes, ask(nodes), strict=True)).__getitem__
+
+
+def follow(tree: TokenTree, answer: Callable[[int], int]) -> Verdict:
     """Walk from the tip along children whose token is the answer at their parent.
 
-    nodes: the decision nodes; answers: the token the target says after each of them.
+    answer: the token the target says after a node; asked of the tip and the nodes walked along.
     The answer at the node where the walk ends is the bonus token.
     """
-    answer = dict(zip(nodes, answers, strict=True))
     current, path, tokens = tree.tip, [], []
     drafted, alive = tree.tokens.tolist(), int(Kind.CANDIDATE)
     while True:
-        want = answer[current]
+        want = answer(current)
         tokens.append(want)
         children = tree.children(current)
         for child in children:
@@ -133,7 +144,7 @@ class Settled:
     """The target's rows as a rule should see them: at temperature 0 all mass is on the argmax."""
 
     def __init__(self, p: TargetRows) -> None:
-        self.p, self.deterministic = p, p.deterministic
+        self.p, self.deterministic, self.host = p, p.deterministic, p.host
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
         return self.p.greedy(nodes)
@@ -144,6 +155,9 @@ class Settled:
             return rows
         best = torch.tensor(self.p.greedy(nodes), device=rows.device)
         return torch.zeros_like(rows).scatter_(1, best[:, None], 1)
+
+    def raw(self, node: int) -> tuple[Tensor, float] | None:
+        return None if self.deterministic else self.p.raw(node)
 
     def hidden(self, tap: Tap, nodes: Sequence[int]) -> Tensor:
         return self.p.hidden(tap, nodes)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from foretell.core.errors import InputError
 from foretell.core.protocols import Budget, Draw, SeqView
+from foretell.core.rows import argmax_rows
 from foretell.drafters.trees.growing import Drawn, Levels
 from foretell.drafters.trees.shape import Shape
 
@@ -38,7 +39,7 @@ class ChainGrower(Levels):
         node, view = self.front[0], self.view
         asks = self.budget.stop is not None or self.budget.unsure is not None
         if self.how is Draw.TOP and view.plain and not asks:
-            below = Drawn(node, [int(logits[0].argmax())], [1.0], [1.0], [None], [1.0])
+            below = Drawn(node, argmax_rows(logits[:1]), [1.0], [1.0], [None], [1.0])
         else:
             below = self.drawn(logits, self.front, 1)[0]
         fresh = self.add(below, 0, 1)

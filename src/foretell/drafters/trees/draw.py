@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foretell.core.protocols import Draw, SeqView
 from foretell.core.rng import Purpose
+from foretell.core.rows import largest
 
 
 def ranked(
@@ -31,10 +32,7 @@ def ranked(
         q = q / q.sum(-1, keepdim=True)
     elif how is Draw.SAMPLE:
         q = q / _own_noise(q, view, levels, orders)
-    if width == 1:
-        keys, ids = q.max(-1, keepdim=True)
-    else:
-        keys, ids = q.topk(min(width, q.shape[-1]), dim=-1)
+    keys, ids = largest(q, width)
     return ids, keys
 
 
@@ -73,6 +71,6 @@ def independent(
 def without_top(q: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k most probable tokens of each row [n, k], and the rows without them, normalised [n, V]
     (all zero where nothing is left)."""
-    best = q.topk(min(k, q.shape[-1]), dim=-1).indices
+    best = largest(q, k)[1]
     rest = q.scatter(-1, best, 0.0)
     return best, rest / rest.sum(-1, keepdim=True).clamp(min=1e-30)

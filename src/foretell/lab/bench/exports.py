@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,6 @@ sys.path.append(sys.argv[1])
 from foretell.lab.export.{module} import export_{module} as export
 export(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
 """
-
-
-def default_folder() -> Path:
-    base = os.environ.get("FORETELL_CACHE")
-    if base:
-        return Path(base).expanduser() / "bench"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "foretell" / "bench"
 
 
 def peer_files(

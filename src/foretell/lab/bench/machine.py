@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foretell.core.machine import processor, processor_flags
+
 FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
@@ -20,13 +22,10 @@ POWER = Path("/sys/class/powercap")
 
 def hardware() -> dict[str, Any]:
     """Processor, its vector units, cores, memory, operating system."""
-    info = _read("/proc/cpuinfo")
-    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info, re.M)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.M)
-    known = set(flags[1].split()) if flags else set()
+    known = processor_flags()
     total = re.search(r"^MemTotal:\s*(\d+)", _read("/proc/meminfo"), re.M)
     return {
-        "cpu": name[1].strip() if name else platform.processor() or platform.machine(),
+        "cpu": processor(),
         "flags": [f for f in FLAGS if f in known],
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foretell.core import registry
 from foretell.core.errors import InputError
 from foretell.core.registry import Spec, names, suggest
 
@@ -79,16 +80,11 @@ def _parse(text: str) -> Iterator[Method]:
 
 def split(text: str) -> list[str]:
     """Cut a list of method specs; brackets and quotes of any kind protect what they enclose."""
-    pieces, start, depth = [], 0, 0
-    for at, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth or char not in ",;":
-            continue
-        if char == "," and _OPTION.match(text[at + 1 :]):
-            continue
-        pieces.append(text[start:at])
-        start = at + 1
-    pieces.append(text[start:])
+
+    def cuts(separator: str, rest: str) -> bool:
+        return separator == ";" or not _OPTION.match(rest)
+
+    pieces = registry.split(text, ",;", "()[]{}", cuts)
     return [p.strip() for p in pieces if p.strip()]
 
 

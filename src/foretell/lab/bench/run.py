@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from foretell.core.errors import InputError
-from foretell.lab.bench import exports, folder, machine, prompts, provenance
+from foretell.core.places import cache_folder
+from foretell.lab.bench import folder, machine, prompts, provenance
 from foretell.lab.bench.methods import PLAIN
 from foretell.lab.bench.process import WorkerFailed
 from foretell.lab.bench.prompts import Prompt, Unit
@@ -39,7 +40,7 @@ class Bench:
     out: Path
     resume: bool = False
     hooks: Hooks = field(default_factory=Hooks)
-    exports: Path = field(default_factory=exports.default_folder)
+    exports: Path = field(default_factory=lambda: cache_folder("bench"))
 
     systems: Systems = field(init=False)
     source: dict[str, Any] = field(init=False, default_factory=dict)  # the provenance

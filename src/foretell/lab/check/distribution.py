@@ -121,15 +121,8 @@ def fit_distribution(
     exact joint law. A sample that looks wrong is repeated once, four times as large, before it
     counts: chance alone then fails with probability alpha squared."""
     params = replace(params, max_tokens=TOKENS, ignore_eos=True, n=1, seed=seed)
-    sampler = LLM(
-        llm.model,
-        llm.tokenizer,
-        draft=llm.drafter,
-        verify=llm.verifier_for(params),
-        policy=llm.policy,
-        max_batch=BATCH,
-        allow_lossy=True,
-    )
+    rule = llm.verifier_for(params)
+    sampler = llm.with_methods(llm.drafter, rule, llm.policy, max_batch=BATCH, allow_lossy=True)
     index, prompt = choose_prompt(sampler, prompts, params)
     law = joint_law(llm.model, prompt, params)
 

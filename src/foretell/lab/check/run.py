@@ -81,7 +81,7 @@ def run_check(
 
     prompts: token ids. Raises InputError where a prompt does not fit the model.
     """
-    plain = LLM(llm.model, llm.tokenizer, draft="none", max_batch=settings.batch)
+    plain = llm.with_methods(max_batch=settings.batch)
     greedy = SamplingParams(max_tokens=settings.max_tokens)
     sampled = SamplingParams(max_tokens=settings.max_tokens, temperature=settings.temperature)
     advance = stage("greedy", 2 * len(prompts))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foretell.core.errors import InputError
-from foretell.core.registry import BUILTIN, Spec, lookup, names, suggest
+from foretell.core.registry import BUILTIN, Spec, lookup, names, parameters, suggest
 from foretell.lab.bench.methods import PLAIN, Method
 
 DRAFT = "draft-model"
@@ -31,12 +30,8 @@ def describe(kind: str, name: str) -> dict[str, Any]:
     except (ImportError, AttributeError, InputError) as error:  # somebody else's broken plug-in
         cls = type("Broken", (), {"summary": f"cannot be loaded ({error})", "promise": "none"})
         return _row(kind, name, cls, {})
-    function = getattr(cls, "build", None) or cls.__init__
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     options = {
-        p.name: None if p.default is p.empty else p.default
-        for p in inspect.signature(function).parameters.values()
-        if p.name not in ("self", "context") and p.kind not in variadic
+        name: None if p.default is p.empty else p.default for name, p in parameters(cls).items()
     }
     return _row(kind, name, cls, options)
 

@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from foretell.core.errors import InputError
-from foretell.models.kernels.build import CHOICES, cache_folder, find_or_build, supported
+from foretell.core.places import cache_folder
+from foretell.models.kernels.build import CHOICES, find_or_build, supported
 
 if TYPE_CHECKING:
     from foretell.models.kernels.library import Library
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 def load() -> Library | None:
     """The kernels for this process, or None. The first call may compile (some seconds, once)."""
-    return _load(_setting(), str(cache_folder()))[0]
+    return _load(_setting(), str(cache_folder("kernels")))[0]
 
 
 def why_not() -> str | None:
     """Why `load()` is None, as one sentence; None when the kernels are there."""
-    return _load(_setting(), str(cache_folder()))[1]
+    return _load(_setting(), str(cache_folder("kernels")))[1]
 
 
 def _setting() -> str:

@@ -25,6 +25,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from foretell.core.machine import processor_flags
+from foretell.core.places import cache_folder
+
 HERE = Path(__file__).parent
 PREBUILT = HERE / "prebuilt"
 CHOICES = ("auto", "off", "avx512", "avx2", "portable")
@@ -47,22 +50,8 @@ LIMIT = 300  # seconds for one file
 
 def supported() -> tuple[str, ...]:
     """The instruction sets that this processor runs, best first."""
-    have: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                have = set(line.split(":", 1)[1].split())
-                break
+    have = processor_flags()
     return tuple(isa for isa, needs in NEEDS.items() if needs <= have)
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: FORETELL_CACHE, else the user's cache folder."""
-    root = os.environ.get("FORETELL_CACHE")
-    if root:
-        return Path(root).expanduser() / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "foretell" / "kernels"
 
 
 def sources() -> list[Path]:
@@ -190,7 +179,7 @@ def main() -> int:
         start = time.perf_counter()
         path: Path | None
         if options.out is None:
-            path, problem = find_or_build(isa, cache_folder())
+            path, problem = find_or_build(isa, cache_folder("kernels"))
         else:
             command = compiler()
             path = target = options.out / f"{isa}-{source_hash(isa)}.so"

@@ -48,6 +48,7 @@ _SIGNATURES = {
     ),
     "ft_run_products": (None, (PTR, LONG, LONG, PTR, LONG, PTR, LONG, PTR, PTR, PTR, LONG, INT)),
     "ft_stream": (LONG, (PTR, LONG, INT)),
+    "ft_race": (LONG, (PTR, LONG, ctypes.c_double, ctypes.c_uint64)),
 }
 
 
@@ -258,6 +259,15 @@ class Library:
             self.cdll.ft_stream(memory.data_ptr(), size, threads)
             best = min(best, time.perf_counter() - start)
         return size / best
+
+    # sampling --------------------------------------------------------------------------------
+    def race(self, logits: Tensor, temperature: float, key: int) -> int:
+        """``argmax(softmax(logits / temperature) / E)`` for logits [V] float32 and the row of
+        exponential noise E that `core.rng` makes of `key`; -1 where it is too close to call. On the
+        calling thread."""
+        if logits.stride(0) != 1 or logits.dtype != torch.float32 or not temperature > 0:
+            return -1
+        return self.cdll.ft_race(logits.data_ptr(), len(logits), temperature, key)
 
 
 def _at(tensor: Tensor | None) -> int | None:

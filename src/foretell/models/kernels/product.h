@@ -54,6 +54,20 @@ FT_INLINE Ahead ahead_of(const uint8_t* panel, int64_t bytes, int64_t tile, int6
   return Ahead{panel, tile == 1 ? next + bytes / 2 : panel};
 }
 
+// Rows of a tile of the integer products, and four activations as one word
+#if defined(FT_AVX512)
+constexpr int INTEGER_HEIGHT = 8;
+#elif defined(FT_AVX2)
+constexpr int INTEGER_HEIGHT = 2;
+#else
+constexpr int INTEGER_HEIGHT = 1;
+#endif
+FT_INLINE int32_t four(const int8_t* q) {
+  int32_t v;
+  memcpy(&v, q, 4);
+  return v;
+}
+
 // Calls f.run<R>(first row, tile, tiles) for tiles of at most MAX rows that cover `rows` as evenly
 // as they can (9 = 5 + 4: two half-full tiles keep more accumulators in flight than 8 + 1).
 template <int R, class F>

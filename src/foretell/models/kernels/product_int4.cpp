@@ -5,20 +5,6 @@ namespace ft {
 namespace {
 
 #if defined(FT_AVX512)
-constexpr int HEIGHT = 8;
-#elif defined(FT_AVX2)
-constexpr int HEIGHT = 2;
-#else
-constexpr int HEIGHT = 1;
-#endif
-
-FT_INLINE int32_t four(const int8_t* q) {
-  int32_t v;
-  memcpy(&v, q, 4);
-  return v;
-}
-
-#if defined(FT_AVX512)
 FT_INLINE v16i dot(v16i acc, v16u w, int32_t a) {
   return (v16i)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
 }
@@ -111,7 +97,7 @@ struct Tile {
 }  // namespace
 
 void panel_int4(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out) {
-  each_tile<HEIGHT>(rows.rows, Tile{m, panel, rows, out});
+  each_tile<INTEGER_HEIGHT>(rows.rows, Tile{m, panel, rows, out});
 }
 
 }  // namespace ft

@@ -5,20 +5,6 @@ namespace ft {
 namespace {
 
 #if defined(FT_AVX512)
-constexpr int HEIGHT = 8;
-#elif defined(FT_AVX2)
-constexpr int HEIGHT = 2;
-#else
-constexpr int HEIGHT = 1;
-#endif
-
-FT_INLINE int32_t four(const int8_t* q) {  // four activations as one word
-  int32_t v;
-  memcpy(&v, q, 4);
-  return v;
-}
-
-#if defined(FT_AVX512)
 typedef v16u Weights;  // 16 outputs x 4 inputs
 FT_INLINE Weights weights(const uint8_t* p) { return load_u(p); }
 // acc[c] += sum over 4 inputs of w[c][i] * a[i]; vpdpbusd does not saturate
@@ -92,7 +78,7 @@ struct Tile {
 
   __attribute__((noinline)) void finish(int64_t row, int count, const int32_t* dots) const {
     const float* scale = (const float*)(panel + m.kp * PANEL);
-    alignas(64) float y[HEIGHT * PANEL];
+    alignas(64) float y[INTEGER_HEIGHT * PANEL];
     for (int r = 0; r < count; ++r)
       for (int at = 0; at < PANEL; at += LANES) {
         const v16 s = splat(rows.scale[row + r]) * load(scale + at);
@@ -138,7 +124,7 @@ struct Tile {
 }  // namespace
 
 void panel_int8(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out) {
-  each_tile<HEIGHT>(rows.rows, Tile{m, panel, rows, out});
+  each_tile<INTEGER_HEIGHT>(rows.rows, Tile{m, panel, rows, out});
 }
 
 }  // namespace ft

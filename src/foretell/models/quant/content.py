@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from foretell.models.quant.store import cache_folder
+from foretell.core.places import cache_folder
 
 CHUNK = 64 << 20  # bytes hashed as one piece, several at a time
 SETTLED = 2.0  # seconds since its last change from which a file's times say that it is unchanged
@@ -44,7 +44,7 @@ def file_hash(path: Path) -> str:
     """A hash of a file's content, from memory where the file has not been touched since."""
     path = path.resolve()
     before = _state(path)
-    note = cache_folder() / "hashes" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    note = cache_folder("weights") / "hashes" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads(note.read_text(encoding="utf-8"))
         if known["state"] == before:

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretell.core.places import cache_folder
+
 VERSION = 1
 MAGIC = b"FTWEIGHT"
 BLOCK = 4096  # bytes before the first tensor
@@ -39,15 +41,6 @@ _HEADER = struct.Struct("<8sIIQQQ32s")  # magic, version, 0, file size, table at
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = {str(t).removeprefix("torch."): t for t in (*_FLOATS, *_INTEGERS)}
-
-
-def cache_folder() -> Path:
-    """Where packed weights are kept."""
-    root = os.environ.get("FORETELL_CACHE")
-    if root:
-        return Path(root).expanduser() / "weights"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "foretell" / "weights"
 
 
 def limit_bytes() -> int:
@@ -102,7 +95,7 @@ class Store(Mapping[str, Tensor]):
 
 def open_store(key: str) -> Store | None:
     """The tensors written under a key, or None."""
-    path = cache_folder() / (key + SUFFIX)
+    path = cache_folder("weights") / (key + SUFFIX)
     if limit_bytes() <= 0:
         return None
     try:
@@ -125,7 +118,7 @@ class StoreWriter:
     def __init__(self, key: str, about: Mapping[str, Any] | None = None) -> None:
         """about: what `foretell lab cache` shows (model, format)."""
         self.key, self.about = key, dict(about or {})
-        self.path = cache_folder() / (key + SUFFIX)
+        self.path = cache_folder("weights") / (key + SUFFIX)
         self.part = self.path.with_name(f".{key}.{os.getpid()}.{time.monotonic_ns()}.part")
         self.tensors: dict[str, tuple[str, list[int], int]] = {}
         self.at = BLOCK
@@ -221,7 +214,7 @@ class Cached:
 def cached() -> list[Cached]:
     """What the cache holds, last used first."""
     found = []
-    for path in cache_folder().glob("*" + SUFFIX):
+    for path in cache_folder("weights").glob("*" + SUFFIX):
         try:
             stat = path.stat()
         except OSError:
@@ -236,7 +229,7 @@ def cached() -> list[Cached]:
 def clear() -> int:
     """Delete everything; returns the bytes freed. Models that run keep their mappings."""
     freed = 0
-    folder = cache_folder()
+    folder = cache_folder("weights")
     for path in [*folder.glob("*" + SUFFIX), *folder.glob(".*.part")]:
         with contextlib.suppress(OSError):
             size = path.stat().st_size
@@ -249,7 +242,7 @@ def clear() -> int:
 def evict(keep: Path) -> None:
     """Delete what was used longest ago until the folder is within its bound."""
     files = []
-    for path in cache_folder().glob("*" + SUFFIX):
+    for path in cache_folder("weights").glob("*" + SUFFIX):
         with contextlib.suppress(OSError):
             stat = path.stat()
             files.append((stat.st_mtime, stat.st_size, path))
@@ -261,7 +254,7 @@ def evict(keep: Path) -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
                 total -= size
-    for part in cache_folder().glob(".*.part"):
+    for part in cache_folder("weights").glob(".*.part"):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > STALE:
                 part.unlink()

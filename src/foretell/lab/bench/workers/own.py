@@ -124,7 +124,7 @@ class System:
         return tokenizer.encode(tokenizer.decode(ids, skip_special=False), add_special=False)
 
     def curve(self, rows: list[int], context: int, repeats: int) -> dict[str, Any]:
-        from foretell.lab.bench.forward_curve import forward_curve
+        from foretell.lab.forward import forward_curve
 
         return forward_curve(self.llm.model, rows, context, repeats)
 
@@ -132,9 +132,10 @@ class System:
         """Bytes a second that the threads stream from memory."""
         if self.cuda:
             return None
-        from foretell.lab.bench.forward_curve import bandwidth
+        from foretell.lab.forward import bandwidth
 
-        return bandwidth()
+        stream = bandwidth()
+        return max(stream() for _ in range(5))
 
     def device_peak(self) -> int | None:
         """Bytes of accelerator memory at the highest since the last run began."""
