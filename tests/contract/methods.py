@@ -69,6 +69,10 @@ DRAFTERS = {
         "bandit",
         "bandit:of=draft-model(tokens=2)+suffix+none,rule=exp3",
     ],
+    "choice": [
+        "choice:of=draft-model(tokens=3)+prompt-lookup(min_ngram=1)",
+        "choice:of=prompt-lookup(min_ngram=1)+draft-model(tokens=2,branching=2)+suffix",
+    ],
     "rasd": [
         "rasd:nodes=12",
         f"rasd:of=draft-model(tokens=2)+retrieval(path={_store()},min_match=1),keep=4",

@@ -19,6 +19,7 @@ from helpers_drafts import (
     withheld,
 )
 from helpers_exact import Branch, TableRows, deviation, joint, round_law
+from helpers_rng import Unlucky
 
 EXACT = 1e-12
 SEEDS = range(4)
@@ -111,15 +112,6 @@ def test_acceptance_of_a_chain_is_one_minus_total_variation() -> None:
 def test_a_refused_draft_with_nothing_left_falls_back_on_the_target() -> None:
     """p == q up to rounding: a refusal of probability zero must not divide by zero."""
     p = table("p", 3)
-
-    class Unlucky:
-        def flip(self, p, w, position, index):
-            return False
-
-        def pick(self, p, position):
-            assert torch.isfinite(p).all()
-            assert p.sum() > 0
-            return int(p.argmax())
 
     tree = lazily(sampled(p, [1]))(Branch([]), ())
     verdict = Rejection()(tree, TableRows(p, tree), Unlucky(), 0)

@@ -32,6 +32,7 @@ from helpers_drafts import (
     withheld,
 )
 from helpers_exact import Branch, Prefix, Table, TableRows, deviation, outcomes, round_law
+from helpers_rng import Unlucky
 
 EXACT = 1e-12
 RULES = {
@@ -241,15 +242,6 @@ def test_nothing_drafted_draws_from_the_target(name: str) -> None:
 @pytest.mark.parametrize("name", TREES)
 def test_a_refusal_of_probability_zero_leaves_something_to_draw(name: str) -> None:
     p = table("p", 3)
-
-    class Unlucky:
-        def flip(self, p, w, position, index):
-            return False
-
-        def pick(self, p, position):
-            assert torch.isfinite(p).all()
-            assert p.sum() > 0
-            return int(p.argmax())
 
     for grow in (sampled(p, [1]), paths(p, 2, 1), top_one(p, [2])):
         tree = lazily(grow)(Branch([]), ())

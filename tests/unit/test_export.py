@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +391,20 @@ def test_parts_refuse_quantised_checkpoints(tmp_path: Path) -> None:
         Parts(tmp_path, RandomSource())
 
 
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    """Runs `foretell export` with some words in an empty folder; what it said when it refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(words: str) -> str:
+        assert main(["export", *words.split()]) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -398,16 +415,8 @@ def test_parts_refuse_quantised_checkpoints(tmp_path: Path) -> None:
         ("--to openvino --out x --dtype q8_0", "choose f32, f16, int8"),
     ],
 )
-def test_wrong_wishes_are_explained(
-    words: str,
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["export", *words.split()]) == 2
-    assert says in capsys.readouterr().err
+def test_wrong_wishes_are_explained(words: str, says: str, refused: Callable[[str], str]) -> None:
+    assert says in refused(words)
 
 
 @pytest.mark.parametrize(
@@ -423,19 +432,12 @@ def test_missing_packages_are_named(
     module: str,
     words: str,
     says: str,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[[str], str],
 ) -> None:
-    import re
-    import sys
-
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    assert main(["export", *words.split()]) == 2
-    err = capsys.readouterr().err
-    assert re.search(says if module == "nncf" else re.escape(says), err)
-    assert not list(tmp_path.iterdir())
+    assert re.search(says if module == "nncf" else re.escape(says), refused(words))
+    assert not list(Path.cwd().iterdir())
 
 
 def test_command_writes_the_draft_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,43 @@ def test_specs_are_read(text, name: str, options: dict) -> None:
         assert Spec.parse(str(spec)) == spec
 
 
+class Sized:
+    """Makes its first parameter of the context and a path of another option."""
+
+    from_context = ("vocab", "store")
+
+    def __init__(self, vocab: int, nodes: int = 4, store: list[int] | None = None) -> None:
+        self.vocab, self.nodes, self.store = vocab, nodes, store
+
+    @classmethod
+    def build(cls, context: BuildContext, path: str = "", store: str = "", **options) -> Sized:
+        return cls(context.target.spec.vocab, store=[len(path), len(store)], **options)
+
+
+class Child(Sized):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Sized, Child])
+def test_the_constructors_options_need_not_be_named_twice(monkeypatch, cls) -> None:
+    monkeypatch.setattr(registry, "lookup", lambda kind, name: cls)
+    context = BuildContext(TableModel(9))
+    assert list(registry.parameters(cls)) == ["path", "nodes", "store"]
+    made = registry.create("drafter", "x:nodes=7,path=abc", context)
+    assert (made.vocab, made.nodes, made.store) == (9, 7, [3, 0])
+    assert registry.create("drafter", "x:store=ab", context).store == [0, 2]
+    for wrong in ("x:vocab=3", "x:zzz=1", "x:nodes=many"):
+        with pytest.raises(InputError):
+            registry.create("drafter", wrong, context)
+
+
+def test_a_list_is_cut_outside_of_brackets() -> None:
+    assert registry.split("a(b,c),d", ",") == ["a(b,c)", "d"]
+    assert registry.split("a[b,c];{d,e}", ",;", "[]{}") == ["a[b,c]", "{d,e}"]
+    after_a = registry.split("a,b,c", ",", cuts=lambda separator, rest: rest.startswith("b"))
+    assert after_a == ["a", "b,c"]
+
+
 @pytest.mark.parametrize("text", ["a:b", "a:=1", "{", '{"tokens": 3}', "{}"])
 def test_bad_specs_are_explained(text: str) -> None:
     with pytest.raises(InputError):

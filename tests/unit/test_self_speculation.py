@@ -108,10 +108,10 @@ def test_each_sequence_drafts_by_its_own_layers(model) -> None:
     drafter = EarlyExit(model, 2)
     states = [drafter.begin(v) for v in views]
     runs = [(0, 1), (0,), (0, 1)]
-    trees = drafter._draft.propose(states, views, [Budget(9, 3)] * 3, runs)
+    trees = drafter.draft(states, views, [Budget(9, 3)] * 3, runs)
     for tree, text, run in zip(trees, texts, runs, strict=True):
         assert tree.tokens[tree.n_context :].tolist() == by_hand(model, text, run, 3)
-    trees = drafter._draft.propose(states, views, [Budget(9, 3)] * 3, [(), (0,), ()])
+    trees = drafter.draft(states, views, [Budget(9, 3)] * 3, [(), (0,), ()])
     assert [t.drafted for t in trees] == [0, 3, 0]
 
 

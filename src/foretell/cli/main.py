@@ -18,6 +18,7 @@ from foretell.core.errors import ForetellError, InputError
 COMMANDS = {
     "generate": "continue a prompt, a file of prompts, or standard input",
     "chat": "talk to a model, with streamed answers",
+    "serve": "an OpenAI-compatible server, with a page to try it",
     "methods": "list every drafter, verification rule and length policy",
     "check": "prove on your model that speculation changes nothing",
     "demo": "plain and speculative decoding side by side",

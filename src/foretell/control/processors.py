@@ -181,15 +181,22 @@ class ProcessedRows:
         self.rows, self.tree, self.processors, self.masks = rows, tree, processors, masks
         self.states = hidden
         self.deterministic = processors.params.greedy
+        self.host = rows.packed.device.type == "cpu"
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
         logits = self.rows[nodes]
-        logits = self.processors.legal(logits, self._paths(nodes), self._mask(nodes, logits))
+        if self.processors.adjusts or self.masks is not None:
+            logits = self.processors.legal(logits, self._paths(nodes), self._mask(nodes, logits))
         return argmax_rows(logits)
 
     def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
         logits = self.rows[nodes if read is None else read]
         return self.processors.probs(logits, self._paths(nodes), self._mask(nodes, logits))
+
+    def raw(self, node: int) -> tuple[Tensor, float] | None:
+        if self.masks is not None or not self.processors.plain:
+            return None
+        return self.rows[node], self.processors.params.temperature or 1.0
 
     def hidden(self, tap: Tap, nodes: Sequence[int]) -> Tensor:
         return self.states[tap][nodes]

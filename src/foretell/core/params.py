@@ -95,3 +95,47 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+PROMISES = ("exact", "lossless", "lossy")  # strongest first; `protocols.Promise` has their meaning
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What one request wants of speculation. It never changes what plain decoding would say.
+
+    drafter: a name that the engine offers, "off", or None for its default; max_draft: most drafted
+    tokens a step (of a tree: nodes), 0 = off, None = as the engine decides; promise: the weakest
+    that is accepted, None = whatever the engine is set to. Raises InputError.
+    """
+
+    drafter: str | None = None
+    max_draft: int | None = None
+    promise: str | None = None
+
+    def __post_init__(self) -> None:
+        most, whole = self.max_draft, isinstance(self.max_draft, int)
+        if most is not None and (isinstance(most, bool) or not whole or most < 0):
+            raise InputError(f"max_draft={most!r} makes no sense: it is 0 (off) or more tokens.")
+        if self.promise is not None and self.promise not in PROMISES:
+            raise InputError(
+                f"promise={self.promise!r} is not a promise: choose {', '.join(PROMISES[:-1])} "
+                f"or {PROMISES[-1]}."
+            )
+        if self.drafter is not None and not isinstance(self.drafter, str):
+            raise InputError(f"drafter={self.drafter!r} is not a name: name a drafter, or 'off'.")
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing at all may be drafted."""
+        return self.drafter == "off" or self.max_draft == 0
+
+    @property
+    def limit(self) -> int:
+        """Most drafted tokens of a step."""
+        if self.drafter == "off":
+            return 0
+        return 1 << 30 if self.max_draft is None else self.max_draft
+
+
+NO_WISH = Speculation()

@@ -11,7 +11,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
@@ -37,6 +37,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "fallback": "foretell.drafters.fallback:Fallback",
             "merge": "foretell.drafters.merge:Merge",
             "bandit": "foretell.drafters.bandit:Bandit",
+            "choice": "foretell.drafters.choice:Choice",
             "rasd": "foretell.drafters.rasd:Rasd",
             "graft": "foretell.drafters.graft:Graft",
         },
@@ -82,12 +83,19 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
 )
 
 
-def split(text: str, separator: str) -> list[str]:
-    """`text.split(separator)` that leaves what stands in parentheses alone."""
+def split(
+    text: str,
+    separators: str,
+    brackets: str = "()",
+    cuts: Callable[[str, str], bool] = lambda separator, rest: True,
+) -> list[str]:
+    """`text.split`, at any of `separators`, that leaves what stands in `brackets` (pairs) alone.
+    cuts: asked of a separator and all that follows it."""
+    opening, closing = brackets[::2], brackets[1::2]
     pieces, depth, start = [], 0, 0
     for at, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if char == separator and depth == 0:
+        depth += (char in opening) - (char in closing)
+        if char in separators and depth == 0 and cuts(char, text[at + 1 :]):
             pieces.append(text[start:at])
             start = at + 1
     return [*pieces, text[start:]]
@@ -170,27 +178,59 @@ def lookup(kind: str, name: str) -> type:
 def create(kind: str, spec: str | Mapping[str, Any] | Spec, context: Any = None) -> Any:
     """Build a method from its spec.
 
-    Options are the keyword parameters of the class's ``build(context, **options)`` if it has one,
-    otherwise of its constructor; they are converted to the annotated types. Where it takes
-    ``**others``, unknown options are handed on as they are.
+    Options are those of `parameters`, converted to the annotated types. Where a class without
+    `from_context` takes ``**others``, unknown options are handed on as they are.
     """
     spec = Spec.parse(spec)
     cls = lookup(kind, spec.name)
     build = getattr(cls, "build", None)
+    options = _convert(spec, cls)
+    return cls(**options) if build is None else build(context, **options)
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The options of a method: the keyword parameters of ``build(context, **options)`` if the class
+    has one, otherwise of its constructor.
+
+    Where ``cls.from_context`` names the parameters of the constructor that `build` makes out of the
+    context, the constructor's others are options too, which `build` hands on.
+    """
+    build = getattr(cls, "build", None)
+    made = _named(cls.__init__)
     if build is None:
-        return cls(**_convert(spec, cls.__init__))
-    return build(context, **_convert(spec, build))
+        return made
+    own, given = _named(build), getattr(cls, "from_context", None)
+    if given is None:
+        return own
+    first = {name: p for name, p in own.items() if name not in made}
+    rest = {name: own.get(name, p) for name, p in made.items() if name in own or name not in given}
+    return first | rest
 
 
-def _convert(spec: Spec, function: Any) -> dict[str, Any]:
-    skip = {"self", "context"}
-    hints = typing.get_type_hints(function)
-    parameters = list(inspect.signature(function).parameters.values())
+def _named(function: Any) -> dict[str, inspect.Parameter]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = [p.name for p in parameters if p.name not in skip and p.kind not in variadic]
-    open_ended = function is not object.__init__ and any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
-    )
+    return {
+        p.name: p
+        for p in inspect.signature(function).parameters.values()
+        if p.name not in ("self", "context") and p.kind not in variadic
+    }
+
+
+def _open_ended(cls: type) -> bool:
+    """Whether options it does not name are its own business."""
+    function: Any = getattr(cls, "build", None) or cls.__init__
+    if function is object.__init__ or hasattr(cls, "from_context"):
+        return False
+    kinds = (p.kind for p in inspect.signature(function).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _convert(spec: Spec, cls: type) -> dict[str, Any]:
+    known, open_ended = parameters(cls), _open_ended(cls)
+    functions: list[Any] = [getattr(cls, "build", None) or cls.__init__]
+    if hasattr(cls, "from_context"):
+        functions.insert(0, cls.__init__)
+    hints = {name: hint for f in functions for name, hint in typing.get_type_hints(f).items()}
     result = {}
     for key, value in spec.options.items():
         if key not in known and open_ended:
@@ -200,8 +240,8 @@ def _convert(spec: Spec, function: Any) -> dict[str, Any]:
             hint = suggest(key, known) if known else "it takes no options."
             raise InputError(f"'{spec.name}' has no option '{key}': {hint}")
         result[key] = _cast(spec.name, key, value, hints.get(key, str))
-    missing = [p.name for p in parameters if p.name in known and p.default is p.empty]
-    missing = [name for name in missing if name not in result]
+    needed = (name for name, p in known.items() if p.default is p.empty)
+    missing = [name for name in needed if name not in result]
     if missing:
         raise InputError(f"'{spec.name}' needs {missing[0]}=...: {spec.name}:{missing[0]}=VALUE.")
     return result

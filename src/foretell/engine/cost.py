@@ -17,11 +17,13 @@ import statistics
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from foretell.core import machine, places
 from foretell.core.protocols import TargetModel
 from foretell.engine.curve import Curve
 
@@ -39,13 +41,17 @@ class MeasuredCost:
     PACE = 0.1  # weight of a new observation in the running averages of log(actual / predicted)
 
     def __init__(self, model: TargetModel, folder: Path | None = None) -> None:
-        self.model = model
-        self.path = folder / f"{identity(model)}.json" if folder else None
+        self.model, self.folder = model, folder
         self._curve: Curve | None = None
         self._table: list[float] = []  # curve.at(n) for small n
         self._all = 0.0
         self._range = [0.0] * 16
         self.errors: list[float] = []  # |predicted / actual - 1| of the last forwards
+
+    @cached_property
+    def path(self) -> Path | None:
+        """The file of the curve; nothing is worked out before somebody needs the curve."""
+        return self.folder / f"{identity(self.model)}.json" if self.folder else None
 
     @property
     def curve(self) -> Curve:
@@ -55,7 +61,7 @@ class MeasuredCost:
         return self._curve
 
     def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
-        return self._plain(rows, context, sequences) * math.exp(
+        return self.plain(rows, context, sequences) * math.exp(
             self._all + self._range[_bucket(rows)]
         )
 
@@ -77,7 +83,8 @@ class MeasuredCost:
         """Median of |predicted / actual - 1| over the last forwards."""
         return statistics.median(self.errors) if self.errors else None
 
-    def _plain(self, rows: int, context: int, sequences: int) -> float:
+    def plain(self, rows: int, context: int = 0, sequences: int = 1) -> float:
+        """What was measured, without the corrections."""
         curve = self.curve
         base = self._table[rows] if rows < len(self._table) else curve.at(rows)
         pairs = rows * context / max(1, sequences)
@@ -132,19 +139,9 @@ def identity(model: TargetModel) -> str:
 
 def processor(device: torch.device) -> str:
     """The name of the processor that runs a model."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor()
 
 
 def cache_folder() -> Path:
     """Where measurements of this machine are kept."""
-    base = os.environ.get("FORETELL_CACHE")
-    if base:
-        return Path(base) / "cost"
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(home) / "foretell" / "cost"
+    return places.cache_folder("cost")

@@ -53,16 +53,33 @@ class ForwardTimer:
         return time.perf_counter() - start
 
 
-def medians(timer: Callable[[int], float], rows: Sequence[int], seconds: float) -> dict[int, float]:
-    """Median seconds for every row count. They take turns, so that a noisy moment hits all."""
+def take_turns(
+    timer: Callable[[int], float], rows: Sequence[int], again: Callable[[int], bool]
+) -> dict[int, list[float]]:
+    """Seconds for every row count, as long as again(rounds so far). They take turns, so that a
+    noisy moment hits all."""
     taken: dict[int, list[float]] = {n: [] for n in rows}
     for n in rows:
         timer(n)  # caches, buffers, page faults
-    end = time.perf_counter() + seconds * len(rows)
-    while time.perf_counter() < end or len(taken[rows[0]]) < REPEATS:
+        timer(n)
+    rounds = 0
+    while again(rounds):
         for n in rows:
             taken[n].append(timer(n))
-    return {n: statistics.median(v) for n, v in taken.items()}
+        rounds += 1
+    return taken
+
+
+def medians(timer: Callable[[int], float], rows: Sequence[int], seconds: float) -> dict[int, float]:
+    """Median seconds for every row count, after `seconds` for each of them."""
+    end = 0.0
+
+    def again(rounds: int) -> bool:
+        nonlocal end
+        end = end or time.perf_counter() + seconds * len(rows)
+        return rounds < REPEATS or time.perf_counter() < end
+
+    return {n: statistics.median(v) for n, v in take_turns(timer, rows, again).items()}
 
 
 @dataclass(slots=True)

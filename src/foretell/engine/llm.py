@@ -15,7 +15,7 @@ from foretell.control.finish import Finish
 from foretell.control.processors import Processors
 from foretell.core import registry
 from foretell.core.errors import ForetellError, InputError
-from foretell.core.params import SamplingParams
+from foretell.core.params import NO_WISH, SamplingParams, Speculation
 from foretell.core.protocols import (
     BuildContext,
     Constraint,
@@ -31,6 +31,7 @@ from foretell.core.registry import Spec
 from foretell.core.rng import SeqRng, fresh_seed
 from foretell.engine.cost import MeasuredCost, cache_folder
 from foretell.engine.loop import Engine
+from foretell.engine.memory import free_memory
 from foretell.engine.outputs import RequestOutput, SampleOutput
 from foretell.engine.pipelined import PipelinedEngine
 from foretell.engine.scheduler import Scheduler
@@ -66,11 +67,14 @@ def load(model: str | os.PathLike[str] | None = None, **options: Any) -> LLM:
 
 
 @dataclass(slots=True)
-class _Request:
+class Request:
+    """A prompt and the sequences of its n samples."""
+
     id: int
     prompt: list[int]
     params: SamplingParams
     seed: int
+    control: Speculation = NO_WISH
     sequences: list[EngineSequence] = field(default_factory=list)
     inbox: deque[TokenEvent] = field(default_factory=deque)
 
@@ -114,17 +118,21 @@ class LLM:
         self._greedy: Verifier = registry.create("verifier", "greedy")
         auto = isinstance(verify, str) and verify == "auto"
         self._sampled: Verifier = _make("verifier", "replay" if auto else verify, context)
+        self.allow_lossy = allow_lossy
         self._check(allow_lossy)
+        replay = self._sampled.name == "replay"
+        self._exact = self._sampled if replay else _make("verifier", "replay", context)
         scheduler = Scheduler(
             kv_rows or default_rows(model, max_batch),
             max_batch,
             step_rows,
             model.new_cache,
             reuse=model.spec.caps.rollback,
+            ahead=None if model.device.type == "cpu" else 256,  # a CPU takes pages when written
         )
         kind = PipelinedEngine if getattr(self.policy, "pipelined", False) else Engine
         self.engine = kind(model, self.drafter, self.policy, scheduler, context.cost)
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._next_id = 0
 
     @classmethod
@@ -201,36 +209,47 @@ class LLM:
                     f"'{method.name}' changes what the model says (lossy): "
                     "pass allow_lossy / --allow-lossy if that is what you want."
                 )
-        missing = self.drafter.shapes - self._sampled.accepts
+        why = self._mismatch(self._sampled)
+        if why is not None:
+            raise InputError(why)
+
+    def _mismatch(self, verifier: Verifier) -> str | None:
+        """Why a rule cannot verify what the drafter drafts, or None."""
+        rule, drafter = f"'{verifier.name}'", f"'{self.drafter.name}'"
+        missing = self.drafter.shapes - verifier.accepts
         if "tree" in missing or "chain" in missing or "onehot" in missing:
-            raise InputError(
-                f"'{self._sampled.name}' cannot verify what '{self.drafter.name}' drafts "
+            return (
+                f"{rule} cannot verify what {drafter} drafts "
                 f"({', '.join(sorted(missing))}): choose another pair."
             )
-        if self.drafter.shapes >= {"tree", "q"} and not self._draws(self._sampled):
-            raise InputError(
-                f"'{self._sampled.name}' is a rule for {_DRAWN[self._sampled.draw]}, which "
-                f"'{self.drafter.name}' cannot draw: on its trees it would be biased, or no better "
+        if self.drafter.shapes >= {"tree", "q"} and not self._draws(verifier):
+            return (
+                f"{rule} is a rule for {_DRAWN[verifier.draw]}, which "
+                f"{drafter} cannot draw: on its trees it would be biased, or no better "
                 "than verify=rejection; use that, or draft a chain."
             )
-
-        drawn = self._sampled.draw if self._draws(self._sampled) else Draw.SAMPLE
+        drawn = verifier.draw if self._draws(verifier) else Draw.SAMPLE
         why = getattr(self.drafter, "unsound", {}).get(drawn)
-        if why is not None:
-            raise InputError(
-                f"'{self._sampled.name}' would be biased on what '{self.drafter.name}' drafts: "
-                f"{why}"
-            )
+        return None if why is None else f"{rule} would be biased on what {drafter} drafts: {why}"
 
     def _draws(self, verifier: Verifier) -> bool:
         """Whether the drafter can draw the way the rule wants it."""
         usual = (Draw.TOP, Draw.NOISE, Draw.SAMPLE)
         return verifier.draw in (*usual, *getattr(self.drafter, "draws", ()))
 
-    def verifier_for(self, params: SamplingParams) -> Verifier:
-        """At temperature 0 every lossless rule is the greedy walk."""
-        if params.greedy and self._sampled.promise is not Promise.LOSSY:
+    def verifier_for(self, params: SamplingParams, control: Speculation = NO_WISH) -> Verifier:
+        """The configured rule; at temperature 0, where every lossless rule is the greedy walk, that
+        walk; and an exact rule where a request wants more than the configured one promises."""
+        order = list(Promise)
+        needed = order[-1] if control.promise is None else Promise(control.promise)
+        strong = order.index(self._sampled.promise) <= order.index(needed)
+        if params.greedy and (self._sampled.promise is not Promise.LOSSY or not strong):
             return self._greedy
+        if not strong:
+            why = None if control.off else self._mismatch(self._exact)
+            if why is not None:
+                raise InputError(f"promise={needed} cannot be kept here: {why}")
+            return self._exact
         if self._sampled.name == "greedy":
             raise InputError(
                 "Greedy verification needs temperature 0: use verify=replay (exact) or "
@@ -238,10 +257,40 @@ class LLM:
             )
         return self._sampled
 
-    def promise(self, params: SamplingParams) -> Promise:
+    def promise(self, params: SamplingParams, control: Speculation = NO_WISH) -> Promise:
         """The weaker of what the drafter and the verification rule promise."""
         order = list(Promise)
-        return max(self.drafter.promise, self.verifier_for(params).promise, key=order.index)
+        rule = self.verifier_for(params, control).promise
+        return rule if control.off else max(self.drafter.promise, rule, key=order.index)
+
+    @property
+    def offers(self) -> list[str]:
+        """Names of the drafters a request may choose from, the default first."""
+        return list(getattr(self.drafter, "offers", (self.drafter.name,)))
+
+    def drafter_for(self, control: Speculation) -> str:
+        """The name of the drafter that drafts for a request; "off" where nothing may."""
+        if control.off:
+            return "off"
+        return control.drafter or self.offers[0]
+
+    def _check_control(self, params: SamplingParams, control: Speculation) -> None:
+        """InputError when a request's wishes cannot be met here."""
+        if control.drafter not in (None, "off", *self.offers):
+            hint = registry.suggest(str(control.drafter), [*self.offers, "off"])
+            raise InputError(f"There is no drafter '{control.drafter}' here: {hint}")
+        if control.promise == Promise.LOSSY and not self.allow_lossy:
+            raise InputError(
+                "promise=lossy is not allowed here (--allow-lossy): choose exact or lossless."
+            )
+        order = list(Promise)
+        if control.promise is not None:
+            got = self.promise(params, control)
+            if order.index(got) > order.index(Promise(control.promise)):
+                raise InputError(
+                    f"promise={control.promise} cannot be kept: '{self.drafter_for(control)}' is "
+                    f"{got}; choose another drafter, or 'off'."
+                )
 
     def generate(
         self,
@@ -250,15 +299,22 @@ class LLM:
         *,
         on_event: Callable[[TokenEvent], None] | None = None,
         constraint: Callable[[], Constraint] | None = None,
+        speculation: Speculation = NO_WISH,
         **overrides: Any,
     ) -> list[RequestOutput]:
         """Generate for one prompt or many; outputs come in the order of the prompts.
 
-        A prompt is a string or a list of token ids. Keyword overrides are SamplingParams fields.
+        A prompt is a string or a list of token ids; speculation: what the requests want of it.
+        Keyword overrides are SamplingParams fields.
         """
         outputs = dict(
             self.as_completed(
-                prompts, params, on_event=on_event, constraint=constraint, **overrides
+                prompts,
+                params,
+                on_event=on_event,
+                constraint=constraint,
+                speculation=speculation,
+                **overrides,
             )
         )
         return [outputs[i] for i in range(len(outputs))]
@@ -270,11 +326,12 @@ class LLM:
         *,
         on_event: Callable[[TokenEvent], None] | None = None,
         constraint: Callable[[], Constraint] | None = None,
+        speculation: Speculation = NO_WISH,
         **overrides: Any,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Like `generate`, but yields (index of the prompt, output) as each one is done."""
         params = _params(params, overrides)
-        requests = [self._request(p, params, constraint) for p in self._many(prompts)]
+        requests = [self.request(p, params, constraint, speculation) for p in self._many(prompts)]
         index = {r.id: i for i, r in enumerate(requests)}
         left = [len(r.sequences) for r in requests]
         for event in self._run(requests):
@@ -284,7 +341,7 @@ class LLM:
                 i = index[event.request]
                 left[i] -= 1
                 if not left[i]:
-                    yield i, self._output(requests[i])
+                    yield i, self.output_of(requests[i])
 
     def stream(
         self,
@@ -292,16 +349,17 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         constraint: Callable[[], Constraint] | None = None,
+        speculation: Speculation = NO_WISH,
         **overrides: Any,
     ) -> Iterator[TokenEvent]:
         """One event per token, whatever the size of the step it came from; the last event of the
         request carries its RequestOutput in ``event.output``."""
-        request = self._request(prompt, _params(params, overrides), constraint)
+        request = self.request(prompt, _params(params, overrides), constraint, speculation)
         left = len(request.sequences)
         for event in self._run([request]):
             left -= event.finish_reason is not None
             if not left and event.finish_reason is not None:
-                event.output = self._output(request)
+                event.output = self.output_of(request)
             yield event
 
     def chat(
@@ -346,12 +404,13 @@ class LLM:
             return [prompts]  # type: ignore[list-item]
         return list(prompts)  # type: ignore[arg-type]
 
-    def _request(
+    def request(
         self,
         prompt: Prompt,
         params: SamplingParams,
         constraint: Callable[[], Constraint] | None,
-    ) -> _Request:
+        control: Speculation = NO_WISH,
+    ) -> Request:
         ids = self.encode(prompt)
         spec = self.model.spec
         if len(ids) >= spec.max_positions:
@@ -363,15 +422,16 @@ class LLM:
             for t in getattr(params, name) or ():
                 if not 0 <= t < spec.vocab:
                     raise InputError(f"{name}: token id {t} is outside 0..{spec.vocab - 1}.")
+        self._check_control(params, control)
         seed = fresh_seed() if params.seed is None else params.seed
-        request = _Request(self._next_id, ids, params, seed)
+        request = Request(self._next_id, ids, params, seed, control)
         self._next_id += 1
         for sample in range(params.n):
             request.sequences.append(self._sequence(request, sample, constraint))
         return request
 
     def _sequence(
-        self, request: _Request, sample: int, constraint: Callable[[], Constraint] | None
+        self, request: Request, sample: int, constraint: Callable[[], Constraint] | None
     ) -> EngineSequence:
         params, tokenizer = request.params, self.tokenizer
         eos = tokenizer.eos_ids if tokenizer else frozenset()
@@ -379,7 +439,7 @@ class LLM:
         tokens = list(request.prompt)
         bad = [self._text().encode(t, add_special=False) for t in _variants(params.bad_words)]
         processors = Processors(params, tokens, len(tokens), ends, bad)
-        verifier = self.verifier_for(params)
+        verifier = self.verifier_for(params, request.control)
         view = SeqView(
             tokens,
             len(tokens),
@@ -388,6 +448,7 @@ class LLM:
             verifier.draw if self._draws(verifier) else Draw.SAMPLE,
             warp=lambda logits, paths: processors.probs(logits, paths, None),
             plain=processors.plain,
+            control=request.control,
         )
         room = self.model.spec.max_positions - len(tokens)
         decoder = StreamDecoder(tokenizer, tokens) if tokenizer else None
@@ -397,7 +458,17 @@ class LLM:
         made = constraint() if constraint else None
         return EngineSequence(request.id, sample, params, view, finish, processors, verifier, made)
 
-    def _run(self, requests: list[_Request]) -> Iterator[TokenEvent]:
+    def open_prompt(self) -> EngineSequence:
+        """A sequence whose prompt still grows: `Scheduler.grow` reads it, `replace` changes it, and
+        the cache that `release` gives may go to a sequence of a request with that prompt."""
+        most = self.model.spec.max_positions
+        params, tokens = SamplingParams(max_tokens=most), list[int]()
+        processors = Processors(params, tokens, 0)
+        finish = Finish(params, frozenset(), most, None)
+        view = SeqView(tokens, 0, params, SeqRng(0))
+        return EngineSequence(-1, 0, params, view, finish, processors, self._greedy, open=True)
+
+    def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Drive the engine until `requests` are done; unfinished ones are dropped on the way out
         (an exception, Ctrl-C, a closed generator)."""
         scheduler = self.engine.scheduler
@@ -425,7 +496,14 @@ class LLM:
             for request in requests:
                 self._requests.pop(request.id, None)
 
-    def _output(self, request: _Request) -> RequestOutput:
+    def speculation_of(self, request: Request, sample: int = 0) -> dict[str, Any]:
+        """What speculation did for a sample, so far; "why_off" says why nothing was drafted."""
+        seq, control = request.sequences[sample], request.control
+        result = seq.stats.speculation(self.drafter_for(control), seq.verifier.name)
+        promise = str(self.promise(request.params, control))
+        return {**result, "promise": promise, "why_off": seq.stats.why_off}
+
+    def output_of(self, request: Request) -> RequestOutput:
         first = request.sequences[0]
         return RequestOutput(
             prompt_ids=request.prompt,
@@ -442,8 +520,8 @@ class LLM:
                 for s in request.sequences
             ],
             prompt_logprobs=first.prompt_logprobs or None,
-            promise=str(self.promise(request.params)),
-            drafter=self.drafter.name,
+            promise=str(self.promise(request.params, request.control)),
+            drafter=self.drafter_for(request.control),
             verifier=first.verifier.name,
         )
 
@@ -453,10 +531,7 @@ def default_rows(model: TargetModel, max_batch: int) -> int:
     rows = max_batch * model.spec.max_positions
     if not model.spec.row_bytes:
         return rows
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory(model.device)
     return max(1024, min(rows, free // 2 // model.spec.row_bytes))
 
 

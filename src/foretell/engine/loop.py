@@ -27,6 +27,7 @@ from foretell.core.batch import PackedBatch, Tap, segment_of
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback, Rows, Verdict
 from foretell.core.protocols import (
+    Budget,
     CostModel,
     Drafter,
     LengthPolicy,
@@ -35,6 +36,7 @@ from foretell.core.protocols import (
     Timings,
 )
 from foretell.core.tree import Kind, TokenTree
+from foretell.engine.metrics import LONGEST, Totals
 from foretell.engine.scheduler import Scheduler, Turn
 from foretell.engine.sequence import Sequence, TokenEvent, TopLogprobs
 
@@ -67,12 +69,19 @@ class Engine:
         scheduler.on_evict = self._end
         self.timings = Timings()  # of the last step
         self.moved = False  # whether the last step had anything to run
+        self.turns: list[Turn] = []  # of the last step
+        self.totals = Totals()
+        self.isolate = False
+        """Whether a sequence whose verdict fails is dropped and the step goes on without it (a
+        server), instead of the step."""
+        self.failed: list[tuple[Sequence, Exception]] = []  # those of the last step
 
     def _begin(self, seq: Sequence) -> None:
         seq.view.cache = seq.cache
         seq.draft = self.drafter.begin(seq.view)
         if not seq.stats.start:
             seq.stats.start = perf_counter()
+            self.totals.prompt += seq.view.prompt_len
 
     def _end(self, seq: Sequence) -> None:
         if seq.draft is not None:
@@ -83,13 +92,14 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Advance the batch by one forward; the events of the tokens it emitted."""
-        turns = self.scheduler.plan()
+        self.turns, self.failed = [], []
+        self.turns = turns = self.scheduler.plan()
         self.moved = bool(turns)
         if not turns:
             return []
         t0 = perf_counter()
         trees = self._draft(turns)
-        masks = [self._constrain(t.seq, tree) for t, tree in zip(turns, trees, strict=True)]
+        masks = [self._constrain(t, tree) for t, tree in zip(turns, trees, strict=True)]
         trees = self._extend(turns, trees)
         t1 = perf_counter()
         caches = [t.seq.cache for t in turns]
@@ -104,16 +114,17 @@ class Engine:
             for i, (turn, tree) in enumerate(zip(turns, trees, strict=True)):
                 logits = Rows(out.logits, rows[i][1])
                 hidden = {k: Rows(h, rows[i][0]) for k, h in out.hidden.items()}
-                verdict = self._verify(turn, tree, logits, masks[i], hidden)
+                verdict, said = self._decide(turn, tree, logits, masks[i], hidden)
                 verdicts.append(verdict)
-                events.append(self._emit(turn.seq, tree, verdict, logits))
+                events.append(said)
                 path = [*range(tree.n_context), *verdict.path]
                 feedback.append(Feedback(verdict.tokens, path, tree, logits, verdict, hidden))
             txn.commit([_local(tree, f.path) for tree, f in zip(trees, feedback, strict=True)])
         t3 = perf_counter()
         for turn in turns:
             turn.seq.view.cached = turn.seq.rows
-        self.drafter.observe([t.seq.draft for t in turns], feedback)
+        told = self._learners(turns)
+        self.drafter.observe([turns[i].seq.draft for i in told], [feedback[i] for i in told])
         self.timings = Timings(
             t1 - t0,
             t2 - t1,
@@ -126,11 +137,28 @@ class Engine:
         self.policy.observe(trees, verdicts, self.timings)
         if self.cost is not None:
             self.cost.observe(batch.rows, context, len(turns), t2 - t1)
+        self._count(self.timings)
         for turn in turns:
             if turn.seq.finish.reason is not None:
                 turn.seq.stats.end = perf_counter()
                 self.scheduler.retire(turn.seq)
+        for seq, _ in self.failed:
+            self.scheduler.retire(seq, keep=False)
         return [e for group in events for e in group]
+
+    def _learners(self, turns: Seq[Turn]) -> Seq[int]:
+        """Which turns the drafter hears of: not those that failed, nor prompts that still grow."""
+        if not self.failed and all(t.seq.draft is not None for t in turns):
+            return range(len(turns))
+        gone = {id(seq) for seq, _ in self.failed}
+        return [i for i, t in enumerate(turns) if not t.seq.open and id(t.seq) not in gone]
+
+    def _count(self, timings: Timings) -> None:
+        totals = self.totals
+        totals.steps += 1
+        totals.draft_s += timings.draft
+        totals.target_s += timings.target
+        totals.verify_s += timings.verify
 
     def _draft(self, turns: Seq[Turn]) -> list[TokenTree]:
         """A tree for every turn; only turns that decode may carry drafts."""
@@ -140,27 +168,97 @@ class Engine:
             load = self.scheduler.load()
             share = max(0, load.free_rows - sum(t.feed for t in turns)) // len(decoding)
             branching = 1 << 30 if self.model.spec.caps.tree else 1
+            wanted = self.policy.budgets([s.view for s in decoding], load)
             budgets = [
-                budget.clamp(nodes=share, depth=_room(seq) - 1, branching=branching)
-                for budget, seq in zip(
-                    self.policy.budgets([s.view for s in decoding], load), decoding, strict=True
+                budget.clamp(
+                    nodes=min(share, seq.view.most_drafts),
+                    depth=min(_room(seq) - 1, seq.view.most_drafts),
+                    branching=branching,
                 )
+                for budget, seq in zip(wanted, decoding, strict=True)
             ]
-            proposed = self.drafter.propose(
-                [s.draft for s in decoding], [s.view for s in decoding], budgets
-            )
-            trees = {id(s): tree for s, tree in zip(decoding, proposed, strict=True)}
+            trees = {id(s): TokenTree.context(s.view.pending) for s in decoding}
+            asked = [(s, b) for s, b in zip(decoding, budgets, strict=True) if not b.none]
+            if asked:  # the others' drafters sleep
+                proposed = self._propose([s for s, _ in asked], [b for _, b in asked])
+                trees.update((id(s), tree) for (s, _), tree in zip(asked, proposed, strict=True))
+            for seq, want, budget in zip(decoding, wanted, budgets, strict=True):
+                self._note(seq, want, budget, trees[id(seq)], share)
         return [
             trees[id(t.seq)] if t.decode else TokenTree.context(t.seq.view.pending[: t.feed])
             for t in turns
         ]
 
-    def _constrain(self, seq: Sequence, tree: TokenTree) -> NodeMasks | None:
-        if seq.constraint is None:
+    def _propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        """Ask the drafter; where failures are isolated and it fails, ask for each sequence alone,
+        so that only those fail whose drafts do."""
+        try:
+            return self.drafter.propose([s.draft for s in seqs], [s.view for s in seqs], budgets)
+        except Exception:
+            if not self.isolate:
+                raise
+        trees = []
+        for seq, budget in zip(seqs, budgets, strict=True):
+            try:
+                trees += self.drafter.propose([seq.draft], [seq.view], [budget])
+            except Exception as error:
+                self.failed.append((seq, error))
+                trees.append(TokenTree.context(seq.view.pending))
+        return trees
+
+    def _note(
+        self, seq: Sequence, want: Budget, budget: Budget, tree: TokenTree, share: int
+    ) -> None:
+        """Count what was decided about a sequence's draft, and why there is none."""
+        drafted = len(tree) - tree.n_context
+        if not budget.none:
+            length = budget.depth if want.depth <= LONGEST else drafted
+            why = None if drafted else "nothing" if self.drafter.shapes else "none"
+        else:
+            length = 0
+            if seq.view.most_drafts == 0:
+                why = "asked"
+            elif want.none:
+                why = "policy"
+            else:
+                why = "rows" if share == 0 else "end"
+        self.totals.decided(seq.stats, length, why)
+
+    def _constrain(self, turn: Turn, tree: TokenTree) -> NodeMasks | None:
+        constraint = turn.seq.constraint
+        if constraint is None:
             return None
-        masks = seq.constraint.masks(tree)
+        try:
+            masks = constraint.masks(tree)
+        except Exception as error:
+            self._fail(turn, error)
+            return None
         tree.kill(~masks.legal)
         return masks
+
+    def _fail(self, turn: Turn, error: Exception) -> None:
+        """What went wrong with one sequence is its own affair, where that is asked for."""
+        if not self.isolate:
+            raise error
+        self.failed.append((turn.seq, error))
+
+    def _decide(
+        self,
+        turn: Turn,
+        tree: TokenTree,
+        logits: Rows,
+        masks: NodeMasks | None,
+        hidden: dict[Tap, Rows],
+    ) -> tuple[Verdict, list[TokenEvent]]:
+        """Verify and emit."""
+        if self.failed and any(seq is turn.seq for seq, _ in self.failed):
+            return Verdict([], []), []
+        try:
+            verdict = self._verify(turn, tree, logits, masks, hidden)
+            return verdict, self._emit(turn.seq, tree, verdict, logits)
+        except Exception as error:
+            self._fail(turn, error)
+            return Verdict([], []), []
 
     def _extend(self, turns: Seq[Turn], trees: list[TokenTree]) -> list[TokenTree]:
         """Let rules that probe the target add riders, where there is room for them."""
@@ -191,7 +289,7 @@ class Engine:
             everything = (
                 self.drafter.needs.prompt_logits or turn.seq.params.prompt_logprobs is not None
             )
-            if everything:
+            if everything and not turn.seq.open:
                 wanted = None
             elif turn.decode:
                 wanted = range(tree.tip, len(tree))
@@ -244,6 +342,7 @@ class Engine:
             seq.stats.first = perf_counter()
             seq.stats.first_step = len(pieces)
         seq.stats.add(tree.drafted, len(pieces))
+        self.totals.emitted(tree.drafted, len(pieces))
         if seq.constraint is not None:
             events += self._force(seq, verdict.tokens)
         return events
@@ -264,6 +363,7 @@ class Engine:
             tokens = [p.token for p in pieces]
             seq.tokens.extend(tokens)
             seq.drafted += [True] * len(tokens)
+            self.totals.generated += len(tokens)
             seq.constraint.advance(tokens)
             events[-1].finish_reason = seq.finish.reason
         return events

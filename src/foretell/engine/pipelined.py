@@ -102,12 +102,15 @@ class PipelinedEngine(Engine):
             budgets = self.policy.budgets([s.view for s in decoding], load)
             work: list[tuple[Ahead, SeqView, Budget]] = []
             for seq, budget in zip(decoding, budgets, strict=True):
-                block = self._ready(seq, min(share, _room(seq) - 1))
+                most = seq.view.most_drafts
+                block = self._ready(seq, min(share, _room(seq) - 1, most))
                 trees[id(seq)] = block
+                self._note(seq, budget, budget.clamp(nodes=most, depth=most), block, share)
                 drafts = block.tokens[block.n_context :].tolist()
                 behind = Ahead(seq, len(seq.tokens), [*seq.tokens, *drafts])
                 room = _room(seq) - len(drafts) - 1  # for the new block without its first token
                 view = imagined(seq.view, drafts)
+                room = min(room, most)
                 limit = budget.clamp(
                     nodes=1 << 30, depth=min(budget.depth, room + 1 if room > 0 else 0), branching=1
                 )
@@ -138,7 +141,7 @@ class PipelinedEngine(Engine):
         try:
             start = perf_counter()
             with torch.inference_mode():
-                trees = self._propose(work)
+                trees = self._go_on(work)
             for (ahead, _, _), tree in zip(work, trees, strict=True):
                 ahead.tree = tree
             deepest = max(tree.drafted for tree in trees)
@@ -148,7 +151,7 @@ class PipelinedEngine(Engine):
         except BaseException as failure:  # raised again in the main thread
             self._failure = failure
 
-    def _propose(self, work: list[tuple[Ahead, SeqView, Budget]]) -> list[TokenTree]:
+    def _go_on(self, work: list[tuple[Ahead, SeqView, Budget]]) -> list[TokenTree]:
         imagine: Any = getattr(self.drafter, "imagine")  # noqa: B009  # checked at start-up
         return imagine(
             [ahead.seq.draft for ahead, _, _ in work],

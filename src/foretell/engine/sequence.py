@@ -51,6 +51,10 @@ class Sequence:
     drafted: list[bool] = field(default_factory=list)  # per output token
     logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)
+    open: bool = False  # the prompt still grows: it is read, all but its last id, never decoded
+    order: int = 0  # the scheduler's: when it was admitted
+    leaders: list[tuple[Sequence, int]] = field(default_factory=list)
+    """The scheduler's: older sequences that begin alike, and how many ids they share."""
 
     @property
     def tokens(self) -> list[int]:

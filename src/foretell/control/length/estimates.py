@@ -10,6 +10,8 @@ import numpy as np
 from foretell.core.feedback import Verdict
 from foretell.core.tree import TokenTree
 
+Seen = tuple[int, Sequence[int], Verdict]  # levels asked for, nodes of each drafted, the verdict
+
 
 class Line:
     """Seconds = a + b x with a, b >= 0, by least squares over fading observations.
@@ -89,14 +91,28 @@ class Habits:
 
     def observe(self, asked: int, widths: Sequence[int], verdict: Verdict) -> None:
         """widths: nodes of each drafted level; asked: levels there could have been."""
-        deep = min(len(widths), len(self.asked))
-        for counts in (self.asked, self.got, self.nodes, self.tried, self.won):
-            counts *= self.KEEP
-        self.asked[: min(asked, deep + 1)] += 1  # where a draft ended, deeper levels say nothing
-        self.got[:deep] += 1
-        self.nodes[:deep] += widths[:deep]
-        self.tried[: verdict.checked] += 1
-        self.won[: verdict.accepted] += 1
+        self.observe_all([(asked, widths, verdict)])
+
+    def observe_all(self, seen: Sequence[Seen]) -> None:
+        """The drafts of one step."""
+        most = len(self.asked)
+        deep = [min(len(w), most) for _, w, _ in seen]
+        # where a draft ended, deeper levels say nothing
+        asked = [min(k, d + 1, most) for (k, _, _), d in zip(seen, deep, strict=True)]
+        fade = self.KEEP ** len(seen)
+        got = at_least(deep, most)
+        for counts, new in (
+            (self.asked, at_least(asked, most)),
+            (self.got, got),
+            (self.nodes, got),
+            (self.tried, at_least([v.checked for *_, v in seen], most)),
+            (self.won, at_least([v.accepted for *_, v in seen], most)),
+        ):
+            counts *= fade
+            counts += new
+        for (_, w, _), d in zip(seen, deep, strict=True):
+            if sum(w[:d]) > d:
+                self.nodes[:d] += np.subtract(w[:d], 1)
 
     @property
     def mean(self) -> float:
@@ -130,10 +146,11 @@ class Record:
     tokens: int = 0  # levels it is given now
     idle: int = 0  # steps since it last drafted
     drafted: bool = False  # at least once
+    met: bool = False  # levels were chosen for it
 
     KEEP = 0.96
     WEIGHT = 10.0  # observations of its own that the habits are worth
-    HOPE = 0.7  # standard deviations: what nobody has tried often may be better than it looked
+    HOPE = 0.2  # standard deviations: what nobody has tried often may be better than it looked
 
     def observe(self, asked: int, deep: int, verdict: Verdict) -> None:
         k = self.KEEP
@@ -145,19 +162,41 @@ class Record:
     def curve(self, most: int) -> tuple[np.ndarray, np.ndarray, float]:
         """For levels 1..most what each is expected to add: emitted tokens and forward rows; and
         how often anything is drafted."""
-        h, w = self.habits, self.WEIGHT
-        there = h.there()[:most]
-        found = (self.found + w * there[0]) / (self.asks + w)
-        own = (self.won + w * h.mean) / (self.tried + w)
-        own += self.HOPE * float(np.sqrt(own * (1 - own) / (self.tried + w)))
-        rates = np.clip(own * h.shape()[:most], 0.0, 0.995)
-        exist = found * np.cumprod(np.concatenate([[1.0], there[1:]]))
-        return exist * np.cumprod(rates), exist * h.widths()[:most], float(found)
+        gain, rows, found = curves([self], most)
+        return gain[0], rows[0], float(found[0])
+
+
+def curves(records: Sequence[Record], most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`Record.curve` of B sequences at once: gain [B, most], rows [B, most], found [B]."""
+    w = Record.WEIGHT
+    numbers = np.array([(r.tried, r.won, r.asks, r.found) for r in records])
+    tried, won, asks, found = numbers.T
+    gain, rows = np.empty((len(records), most)), np.empty((len(records), most))
+    for habits in {id(r.habits): r.habits for r in records}.values():
+        mine = np.array([r.habits is habits for r in records])
+        there = habits.there()[:most]
+        seen = (found[mine] + w * there[0]) / (asks[mine] + w)
+        own = (won[mine] + w * habits.mean) / (tried[mine] + w)
+        own += Record.HOPE * np.sqrt(own * (1 - own) / (tried[mine] + w))
+        rates = np.clip(own[:, None] * habits.shape()[:most], 0.0, 0.995)
+        exist = seen[:, None] * np.cumprod(np.concatenate([[1.0], there[1:]]))
+        gain[mine], rows[mine] = exist * np.cumprod(rates, 1), exist * habits.widths()[:most]
+        found[mine] = seen
+    return gain, rows, found
+
+
+def at_least(numbers: Sequence[int], most: int) -> np.ndarray:
+    """[most] how many of `numbers` are at least 1, 2, .. most."""
+    counts = np.bincount(np.minimum(numbers, most), minlength=most + 1)
+    return counts[:0:-1].cumsum()[::-1]
 
 
 def widths(tree: TokenTree) -> list[int]:
     """Nodes of each drafted level, those that cost a row."""
-    if not tree.drafted:
+    n = len(tree) - tree.n_context
+    if not n:
         return []
+    if tree.depth[-1] - tree.depth[tree.tip] == n and len(tree.live) == len(tree):
+        return [1] * n  # a chain
     levels = tree.depth[tree.live] - tree.depth[tree.tip]
     return np.bincount(levels[levels > 0]).tolist()[1:]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from foretell.control.length.company import decided
-from foretell.control.length.estimates import Habits, Line, Record, Written, widths
+from foretell.control.length.estimates import Habits, Record, Seen, Written, curves, widths
 from foretell.control.length.fixed import UNLIMITED
+from foretell.control.length.steptime import StepTime
 from foretell.core.errors import InputError
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import (
     Budget,
     BuildContext,
     CostModel,
-    Draw,
     Load,
     SeqView,
     Timings,
@@ -31,13 +32,16 @@ class Goodput:
     """For every sequence the number of levels, 0 included, that maximises the expected tokens per
     second of the whole step.
 
-    Expected tokens come from what verdicts have shown (`estimates.Habits` of all sequences, each
-    one's own `Record`), which includes how often the drafter finds anything. Seconds are the cost
-    model's for the target's forward of all rows, plus what drafting so many levels and verifying so
-    many rows lately took. Levels are admitted in order of tokens per row, over all sequences, and
-    the best cut is taken (`allocate`). A choice is kept for `every` steps in unchanged company and
-    left only for one that promises `MARGIN` more. A sequence that is given nothing drafts now and
-    then all the same, so that a change is noticed: at most `PROBES` of the time goes there.
+    Expected tokens come from what verdicts have shown (`estimates.Habits` of all sequences with
+    the same drafter and way of drawing, each one's own `Record`), which includes how often the
+    drafter finds anything. Seconds are the cost model's for the target's forward of all rows, as
+    real steps have tilted it, plus what drafting so many levels lately took (`steptime.StepTime`).
+    Levels are admitted in order of tokens per row, over all sequences, and the best cut is taken
+    (`allocate`). A choice is kept for `every` steps (later for more, where nothing
+    changes) or until the company has changed by a quarter, and left only for one that promises
+    `MARGIN` more; newcomers do as most do. Sequences that are given nothing draft now and then all
+    the same, and where all draft a step now and then does without, for at most `PROBES` of the
+    time: what the other way would cost and bring is measured, not guessed.
 
     tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
     of measured costs, for example ``10/10/10/12/14``; draft: what drafting a level takes, in the
@@ -54,8 +58,12 @@ class Goodput:
     summary = "for each sequence the draft length, or none, with the most tokens per second"
 
     MARGIN = 0.03
-    PROBES = 0.015
-    DEPTH = 1  # levels of a probe
+    PROBES = 0.01
+    DEPTH, STEPS = 1, 2  # levels and steps of a probe
+    NAP = 4  # steps without drafts after which catching up takes no time to speak of
+    PATIENCE = 4  # so many choices that change nothing, and they come this much more seldom
+    CROWD = 32  # with more sequences not every step is learned from
+    SELDOM = 16  # steps between two that go without drafts for their own sake
 
     def __init__(
         self,
@@ -76,16 +84,22 @@ class Goodput:
                 stacklevel=2,
             )
         self.cost, self.tokens, self.every, self.draft = cost, tokens, every, draft
-        self.habits: dict[Draw, Habits] = {}
-        self.drafting: dict[int, Line] = {}  # seconds by levels, for 1, 2-3, 4-7, .. sequences
-        self.verifying = Line(flat=True)  # seconds by rows
+        self.time = None if cost is None else StepTime(cost, draft)
+        self.habits: dict[Any, Habits] = {}  # by way of drawing and drafter
         self.views: list[SeqView] = []
         self.asked: list[int] = []
-        self.steps = 0
-        self.age = 0  # steps since the choice was made
+        self.chosen_for = 0  # sequences in the last choice
+        self.age = self.steps = 0  # steps since the choice was made, and in all
+        self.patience = every  # steps until the next choice
+        self.quiet = 0  # choices that changed nothing
+        self.last_plain = 0  # steps since nobody drafted
+        self.plain_price = 0.0  # seconds that a step without drafts would lose
+        self.learns = draft is None
         self.rate = 0.0  # tokens per second it promises
         self.credit = 0.0  # seconds that probes may take
-        self.probing = False
+        self.earned = self.price = 0.0  # seconds a step brings it, and a probe lately cost
+        self.again: list[Record] = []  # who goes on with a probe
+        self.probing = 0.0  # seconds that this step's probe was expected to draft for
         self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
 
     @classmethod
@@ -112,95 +126,137 @@ class Goodput:
         return cls(cost, tokens, every, draft)
 
     def budgets(self, views: Sequence[SeqView], load: Load) -> list[Budget]:
-        if self.cost is None:
+        if self.time is None:
             return [Budget(UNLIMITED, min(FALLBACK, self.tokens))] * len(views)
-        same = len(views) == len(self.views) and all(
-            a is b for a, b in zip(views, self.views, strict=True)
-        )
-        self.views, self.probing = list(views), False
+        self.views, self.probing = list(views), 0.0
         records = [self._record(v) for v in views]
         self.age, self.steps = self.age + 1, self.steps + 1
-        if not same or self.age >= min(self.every, self.steps // 4):
-            self._choose(records, same)
-        levels = [r.tokens for r in records]
-        if 0 in levels:
-            self._probe(records, levels)
+        limits = [min(self.tokens, v.most_drafts) for v in views]
+        if self._is_due(records):
+            self._choose(records, limits)
+        else:
+            self._welcome(records)
+        levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
+        levels = self._look_around(records, levels, limits)
         room = [v.params.max_tokens - (len(v.tokens) - v.prompt_len) - 1 for v in views]
         self.asked = [min(k, max(0, r)) for k, r in zip(levels, room, strict=True)]
-        awake = [r for r, k in zip(records, self.asked, strict=True) if k]
-        self.clean = all(r.drafted and r.idle <= 4 for r in awake)
+        self.clean = True
         for r, k in zip(records, self.asked, strict=True):
-            r.idle = 0 if k else r.idle + 1
-            r.drafted = r.drafted or k > 0
+            if k:
+                self.clean = self.clean and r.drafted and r.idle <= self.NAP
+                r.idle, r.drafted = 0, True
+            else:
+                r.idle += 1
         return [Budget(UNLIMITED if k else 0, k) for k in levels]
+
+    def _look_around(
+        self, records: Sequence[Record], levels: list[int], limits: Sequence[int]
+    ) -> list[int]:
+        """Now and then the other way, so that what it would cost and bring is known: drafts of
+        those that have none, or a step without any."""
+        self.credit += self.earned
+        self.last_plain += 1
+        again, self.again = self.again, []
+        if again:  # the second step of a probe is like any other
+            for i, r in enumerate(records):
+                if any(r is a for a in again):
+                    levels[i] = max(levels[i], min(self.DEPTH, limits[i]))
+        elif any(k == 0 < limit for k, limit in zip(levels, limits, strict=True)):
+            if self.credit >= self.price:  # as it was when it was last asked for
+                self._probe(records, levels, limits)
+                self.credit = min(self.credit, self.price)
+        elif self.learns and self.last_plain >= self.SELDOM and self.credit >= self.plain_price:
+            self.credit, levels = 0.0, [0] * len(levels)
+        if not any(levels):
+            self.last_plain = 0
+        return levels
+
+    def _is_due(self, records: Sequence[Record]) -> bool:
+        """Whether to choose anew: after `every` steps (sooner in the beginning), when the company
+        has grown or shrunk by a quarter, and for the first of all."""
+        if self.age >= min(self.patience, self.steps // 4):
+            return True
+        moved = abs(len(records) - self.chosen_for)
+        return 4 * moved > self.chosen_for or not any(r.met for r in records)
+
+    def _welcome(self, records: Sequence[Record]) -> None:
+        """Newcomers do as most of those do whose drafts are like theirs."""
+        for r in records:
+            if not r.met:
+                known = sorted(o.tokens for o in records if o.met and o.habits is r.habits)
+                r.tokens = known[len(known) // 2] if known else 0
+                r.met = bool(known)
 
     def observe(
         self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict], timings: Timings
     ) -> None:
+        if self.time is None:
+            return
+        awake, levels = sum(k > 0 for k in self.asked), 0
+        crowd = 1 + len(self.views) // self.CROWD
+        if awake and (self.probing or self.steps % crowd == 0):
+            levels = self._learn(trees, verdicts)
+        elif crowd > 1:
+            awake = 0  # so many verdicts a step that some of the steps teach enough
+        if self.probing:  # what it cost beyond the plan: a prompt to read, a sleep to make up for
+            self.credit -= max(0.0, timings.draft - self.probing)
+            awake = awake if self.clean else 0  # a probe says nothing about the next drafts' time
+        self.time.observe(timings, levels, awake, self.clean)
+
+    def _learn(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict]) -> int:
+        """From the verdicts of a step; returns the levels of the deepest draft."""
         deepest = 0
+        told: dict[int, tuple[Habits, list[Seen]]] = {}
         for (view, tree, verdict), asked in zip(
             decided(self.views, trees, verdicts), self.asked, strict=False
         ):
             if asked:
                 record, drafted = self._record(view), widths(tree)
                 record.observe(asked, len(drafted), verdict)
-                record.habits.observe(asked, drafted, verdict)
+                seen = told.setdefault(id(record.habits), (record.habits, []))[1]
+                seen.append((asked, drafted, verdict))
                 deepest = max(deepest, len(drafted))
-        awake = sum(k > 0 for k in self.asked)
-        if self.draft is not None or not timings.decoding:
-            return
-        self.verifying.observe(timings.rows, timings.verify)
-        if not awake:
-            return
-        if self.probing:  # what it cost beyond the plan: a prompt to read, a sleep to make up for
-            self.credit -= max(0.0, timings.draft - self.draft_seconds(max(1, deepest), awake))
-        if self.clean:
-            self.drafting.setdefault(awake.bit_length(), Line()).observe(deepest, timings.draft)
-
-    def draft_seconds(self, levels: int, sequences: int) -> float:
-        """Drafting so many levels for so many sequences; 0 while nobody knows."""
-        if self.draft is not None:
-            return self.draft * levels
-        if not levels or not self.drafting:
-            return 0.0
-        bucket = sequences.bit_length()
-        return self.drafting[min(self.drafting, key=lambda b: abs(b - bucket))].at(levels)
+        for habits, seen in told.values():
+            habits.observe_all(seen)
+        return deepest
 
     def _record(self, view: SeqView) -> Record:
         if view.effort is None:
-            habits = self.habits.get(view.draw)
-            if habits is None:
-                habits = self.habits[view.draw] = Habits(self.tokens)
-            view.effort = Record(habits)
+            kind = (view.draw, view.control.drafter if view.control is not None else None)
+            if kind not in self.habits:
+                self.habits[kind] = Habits(self.tokens)
+            view.effort = Record(self.habits[kind])
         return view.effort
 
-    def _choose(self, records: Sequence[Record], same: bool) -> None:
-        most = self.tokens if self.draft is not None or self.drafting else min(START, self.tokens)
-        curves = [r.curve(most) for r in records]
-        gain = np.stack([c[0] for c in curves])
-        rows = np.stack([c[1] for c in curves])
-        found = curves[0][2] if len(curves) == 1 else 1.0
-        time = self._forward(len(records), float(rows.sum()) / found, found)
-        levels, rate = allocate(gain, rows, time, self.draft_seconds)
-        if same:
-            old = [min(r.tokens, most) for r in records]
-            self.rate = promise(old, gain, rows, time, self.draft_seconds)
-        if not same or rate > (1 + self.MARGIN) * self.rate:
-            self.rate = rate
+    def _choose(self, records: Sequence[Record], limits: Sequence[int]) -> None:
+        assert self.time is not None, "asked only where there are costs"
+        most = self.tokens if self.time.known else min(START, self.tokens)
+        gain, rows, seen = curves(records, most)
+        gain[np.arange(most) >= np.array(limits)[:, None]] = 0.0
+        found = float(seen[0]) if len(records) == 1 else 1.0
+        forward = self._forward(len(records), float(rows.sum()) / found, found)
+        levels, rate = allocate(gain, rows, forward, self.time.drafting)
+        self._welcome(records)
+        old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
+        self.rate = promise(old, gain, rows, forward, self.time.drafting)
+        self.quiet += 1
+        if rate > (1 + self.MARGIN) * self.rate or not all(r.met for r in records):
+            self.rate, self.quiet = rate, 0
             for record, k in zip(records, levels, strict=True):
-                record.tokens = k
-        self.age = 0
+                record.tokens, record.met = k, True
+        self.patience = self.every * (self.PATIENCE if self.quiet > self.PATIENCE else 1)
+        self.age, self.chosen_for = 0, len(records)
+        n = len(records)
+        self.earned = self.PROBES * n / max(self.rate, 1e-12)
+        plain = float(forward(np.array([float(n)]))[0])
+        self.plain_price = max(0.0, plain - n / max(self.rate, 1e-12))
 
     def _forward(self, sequences: int, extra: float, found: float) -> Callable:
         """Seconds of a target forward and its verification, by the expected rows. With one sequence
         it is a forward with all of the draft, or (1 - found) one without any."""
-        assert self.cost is not None, "asked only where there are costs"
+        assert self.time is not None, "asked only where there are costs"
         context = sum(v.cached for v in self.views)
-        marks = np.unique(np.round(sequences + np.geomspace(1, 1 + extra, 24) - 1)).astype(int)
-        cost = [
-            self.cost.seconds(int(n), context, sequences) + self.verifying.at(float(n))
-            for n in marks
-        ]
+        marks, cost = self.time.forward_curve(sequences, context, extra)
 
         def seconds(rows: np.ndarray) -> np.ndarray:
             full = np.interp(sequences + (rows - sequences) / found, marks, cost)
@@ -208,28 +264,29 @@ class Goodput:
 
         return seconds
 
-    def _probe(self, records: Sequence[Record], levels: list[int]) -> None:
-        """Let the sequence that has been idle longest draft, when the credit pays for it."""
-        assert self.cost is not None, "asked only where there are costs"
-        context, n, drafts = sum(v.cached for v in self.views), len(levels), sum(map(bool, levels))
-        depth = min(self.DEPTH, self.tokens)
-        base = n + sum(levels)
-        before = self.cost.seconds(base, context, n) + self.verifying.at(base)
-        price = (
-            self.cost.seconds(base + depth, context, n)
-            + self.verifying.at(base + depth)
-            - before
-            + self.draft_seconds(max(depth, *levels), drafts + 1)
-            - self.draft_seconds(max(levels), drafts)
+    def _probe(self, records: Sequence[Record], levels: list[int], limits: Sequence[int]) -> None:
+        """Let idle sequences draft for two steps, when the credit pays for it: those that have
+        drafted before, and one that has not (it makes a draft model read its whole prompt first).
+        In the first step they catch up; the second shows what drafting takes."""
+        assert self.time is not None, "asked only where there are costs"
+        idle = [i for i, k in enumerate(levels) if k == 0 < limits[i]]
+        chosen = [i for i in idle if records[i].drafted]
+        fresh = [i for i in idle if not records[i].drafted]
+        if fresh:
+            chosen.append(min(fresh, key=lambda i: len(self.views[i].tokens)))
+        context, n, base = sum(v.cached for v in self.views), len(levels), len(levels) + sum(levels)
+        before, after = self.time.forward([base, base + len(chosen) * self.DEPTH], context, n)
+        awake = sum(map(bool, levels))
+        drafting = self.time.drafting(max(self.DEPTH, *levels), awake + len(chosen))
+        self.price = price = self.STEPS * (
+            float(after - before) + drafting - self.time.drafting(max(levels), awake)
         )
-        self.credit = min(self.credit + self.PROBES * before, max(price, 0.0))
         if self.credit < price:
             return
-        idle = [i for i, k in enumerate(levels) if k == 0]
-        # one that never drafted makes a draft model read its whole prompt first
-        chosen = max(idle, key=lambda i: (records[i].drafted, records[i].idle))
-        levels[chosen] = depth
-        self.probing = True
+        for i in chosen:
+            levels[i] = self.DEPTH
+        self.again = [records[i] for i in chosen]
+        self.probing = max(drafting, 1e-9)
         self.credit -= price
 
 
@@ -237,14 +294,14 @@ def allocate(
     gain: np.ndarray,
     rows: np.ndarray,
     forward: Callable[[np.ndarray], np.ndarray],
-    draft: Callable[[int, int], float],
+    draft: Callable[[int, Any], Any],
 ) -> tuple[list[int], float]:
     """Levels of each of B sequences with the most expected tokens per second, and that rate.
 
     gain, rows [B, K]: emitted tokens and forward rows that each level adds on average;
-    forward(rows [n]) -> seconds [n] of the step's target forward; draft(levels, sequences) ->
-    seconds of drafting. A level's tokens per row count as no better than those of the level above,
-    so that what is admitted is always a number of levels. O(K B K) after one sort.
+    forward(rows [n]) -> seconds [n] of the step's target forward; draft(levels, sequences [n])
+    -> seconds [n] of drafting. A level's tokens per row count as no better than those of the level
+    above, so that what is admitted is always a number of levels. O(K B K) after one sort.
     """
     count, most = gain.shape
     worth = np.minimum.accumulate(gain / np.maximum(rows, 1e-9), 1)
@@ -253,13 +310,19 @@ def allocate(
     order = np.lexsort((level, -worth.ravel()))
     order = order[worth.ravel()[order] > 0]
     best, rate = [0] * count, count / float(forward(np.array([float(count)]))[0])
+    if count == 1:
+        tokens, levels = 1 + gain[0].cumsum(), range(1, most + 1)
+        seconds = forward(1 + rows[0].cumsum()) + np.array([draft(k, 1) for k in levels])
+        rates = np.where(gain[0] < 1e-6, 0.0, tokens / seconds)
+        i = int(rates.argmax())
+        return ([i + 1], float(rates[i])) if rates[i] > rate else (best, rate)
     for deep in range(1, most + 1):
         slots = order[level[order] < deep]
         if not len(slots) or level[slots].max() < deep - 1:
             break
         tokens = count + gain.ravel()[slots].cumsum()
         awake = (level[slots] == 0).cumsum()
-        table = np.array([draft(deep, int(n)) for n in range(1, awake[-1] + 1)])
+        table = np.broadcast_to(draft(deep, np.arange(1, awake[-1] + 1)), awake[-1])
         seconds = forward(count + rows.ravel()[slots].cumsum()) + table[awake - 1]
         i = int((tokens / seconds).argmax())
         if tokens[i] / seconds[i] > rate:
@@ -273,7 +336,7 @@ def promise(
     gain: np.ndarray,
     rows: np.ndarray,
     forward: Callable[[np.ndarray], np.ndarray],
-    draft: Callable[[int, int], float],
+    draft: Callable[[int, Any], Any],
 ) -> float:
     """Expected tokens per second of given levels, as in `allocate`."""
     chosen = np.arange(gain.shape[1]) < np.asarray(levels)[:, None]

@@ -1,0 +1,135 @@
+"""What a step takes: the target's forward and verification, and drafting, as they lately were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from foretell.control.length.estimates import Line
+from foretell.core.protocols import CostModel, Timings
+
+T = TypeVar("T")
+OFFSETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+class Tilt:
+    """log(actual / predicted) = c + d (x - mean x), over fading observations.
+
+    A prediction that is wrong by a factor is mended at once; one that is wrong in its slope as soon
+    as different x were seen. Until then d is 0.
+    """
+
+    KEEP = 0.97  # what is left of an observation after every further one
+    RIDGE = 0.5  # how much x must vary before a slope is believed
+    STEEPEST = 1.0
+    SURPRISE = 0.7  # an interrupted step says nothing about the next one
+
+    def __init__(self) -> None:
+        self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
+        self.x = self.c = self.d = 0.0
+
+    def at(self, x: Any) -> Any:
+        return self.c + self.d * (x - self.x)
+
+    def observe(self, x: float, r: float) -> None:
+        if self.n > 2:
+            known = self.at(x)
+            r = min(max(r, known - self.SURPRISE), known + self.SURPRISE)
+        k = self.KEEP
+        self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
+        self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
+        self.x, self.c = self.sx / self.n, self.sr / self.n
+        spread = max(0.0, self.sxx - self.n * self.x * self.x)
+        slope = (self.sxr - self.n * self.x * self.c) / (spread + self.RIDGE)
+        self.d = min(max(slope, -self.STEEPEST), self.STEEPEST)
+
+
+class StepTime:
+    """Seconds of a step by its rows, levels and sequences.
+
+    cost: the target's forwards, as somebody measured them; what really happens tilts it, for each
+    range of sequences (1, 2-3, 4-7, ..) by itself. draft: what drafting a level takes, in the unit
+    of `cost`; then nothing is learned from the clock.
+    """
+
+    PACE = 0.05
+    COLD = 3
+    MOST = 4.0  # one prompt counts for so many drafts at most
+
+    def __init__(self, cost: CostModel, draft: float | None = None) -> None:
+        self.draft = draft
+        self.plain: Callable[..., float] = getattr(cost, "plain", cost.seconds)
+        """As it was measured: the tilts are corrections enough."""
+        self.tilts: dict[int, Tilt] = {}  # by range of sequences
+        self.lines: dict[int, Line] = {}  # seconds of drafting by levels, by range of sequences
+        self.catching = 0.0  # seconds a drafting step spends on prompts and sleeps, on average
+        self.cold = self.COLD  # first drafts that are not counted: they find memory untouched
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known how long drafting takes."""
+        return self.draft is not None or bool(self.lines)
+
+    def forward(self, rows: Sequence[int], context: int, sequences: int) -> np.ndarray:
+        """A forward and its verification for each number of rows; rising."""
+        plain = [self.plain(n, context, sequences) for n in rows]
+        if not self.tilts:
+            return np.array(plain)
+        tilt = nearest(self.tilts, sequences)
+        return np.maximum.accumulate(plain * np.exp(tilt.at(np.log(rows))))
+
+    def forward_curve(self, sequences: int, context: int, extra: float) -> tuple:
+        """(rows, seconds) of forwards of `sequences` rows and up to `extra` more."""
+        marks = [sequences + k for k in OFFSETS if k < extra]
+        marks.append(sequences + max(1, math.ceil(extra)))
+        return np.array(marks), self.forward(marks, context, sequences)
+
+    def drafting(self, levels: int, sequences: Any) -> Any:
+        """Drafting so many levels for so many sequences (a number, or an array of them); 0 while
+        nobody knows."""
+        if self.draft is not None:
+            return self.draft * levels
+        if not levels or not self.lines:
+            return 0.0
+        if not isinstance(sequences, np.ndarray):
+            return nearest(self.lines, sequences).at(levels) + self.catching
+        known = sorted(self.lines)
+        at = np.array([self.lines[b].at(levels) for b in known]) + self.catching
+        ranges = np.frexp(sequences)[1]  # the number of binary digits
+        return at[np.abs(np.array(known)[:, None] - ranges).argmin(0)]
+
+    def observe(self, timings: Timings, levels: int, awake: int, clean: bool) -> None:
+        """levels: of the deepest draft; awake: sequences that were asked to draft; clean: whether
+        none of them had a prompt to read first, or a long sleep to make up for."""
+        if self.draft is not None:
+            return
+        if timings.decoding and timings.rows:
+            guess = self.plain(timings.rows, timings.context, timings.sequences)
+            took = timings.target + timings.verify
+            if guess > 0 and took > 0:
+                tilt = self.tilts.setdefault(timings.sequences.bit_length(), Tilt())
+                tilt.observe(math.log(timings.rows), math.log(took / guess))
+        if not awake:
+            return
+        if self.cold:
+            self.cold -= 1
+            return
+        line = self.lines.get(awake.bit_length())
+        extra = 0.0
+        if clean:
+            line = self.lines.setdefault(awake.bit_length(), Line())
+            line.observe(levels, timings.draft)
+        elif line is not None:
+            usual = line.at(max(1, levels))
+            extra = min(max(0.0, timings.draft - usual), self.MOST * usual)
+        self.catching += self.PACE * (extra - self.catching)
+
+
+def nearest(table: dict[int, T], sequences: int) -> T:
+    """What is known for the closest range of sequences."""
+    if sequences.bit_length() in table:
+        return table[sequences.bit_length()]
+    return table[min(sorted(table), key=lambda b: abs(b - sequences.bit_length()))]
