@@ -261,8 +261,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         import torch
 
         import foretell
+        from foretell.core.places import cache_folder
         from foretell.core.protocols import BuildContext
-        from foretell.engine.cost import MeasuredCost, cache_folder
+        from foretell.engine.cost import MeasuredCost
 
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -282,7 +283,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             old = base.context
             context = BuildContext(
                 old.target, old.tokenizer, old.load_model, old.default_draft,
-                MeasuredCost(base.model, cache_folder()),
+                MeasuredCost(base.model, cache_folder("cost")),
             )  # fmt: skip
             llm = foretell.LLM(
                 base.model, base.tokenizer, context=context, max_batch=args.max_batch,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from foretell.cli.common import check_writable, dumps, note, stage, write_atomically
-from foretell.cli.options import DTYPES
+from foretell.cli.options import check_dtype
 from foretell.core.errors import InputError
 
 app = typer.Typer(add_completion=False)
@@ -70,8 +70,7 @@ def methods(
         if value < 1:
             least = 2 if flag == "max-tokens" else 1  # one token has no decoding speed
             raise InputError(f"--{flag} is too small: at least {least}.")
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype} is unknown: use one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     check_writable(out)
     if store_text is not None and not store_text.is_file():
         raise InputError(f"--store-text {store_text} is no file.")

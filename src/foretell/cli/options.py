@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from foretell.core.errors import InputError
-from foretell.core.registry import Spec, names, suggest
+from foretell.core.registry import check_specs, suggest
 
 if TYPE_CHECKING:
     from foretell.core.params import SamplingParams
@@ -29,22 +29,34 @@ def opt(panel: str, help: str, *flags: str, **more: Any) -> Any:
 
 DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int4-g64", "int4-g128")
 MODEL, SPECULATION, SAMPLING, STOPPING = "Model", "Speculation", "Sampling", "Length and stopping"
+ModelPath = Annotated[
+    str | None,
+    opt(MODEL, "Checkpoint directory or hub id; without it the bundled model.", metavar="M"),
+]
+Dtype = Annotated[
+    str,
+    opt(MODEL, "auto, float32, bfloat16, or weights as int8, int4, int4-g64 or int4-g128."),
+]
+Device = Annotated[str, opt(MODEL, "auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, opt(MODEL, "CPU threads.")]
+AllowLossy = Annotated[
+    bool, opt(SPECULATION, "Allow methods that change what the model says.", "--allow-lossy")
+]
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype} is unknown: use one of {', '.join(DTYPES)}.")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, where it runs, and how it speculates."""
 
-    model: Annotated[
-        str | None,
-        opt(MODEL, "Checkpoint directory or hub id; without it the bundled model.", metavar="M"),
-    ] = None
-    dtype: Annotated[
-        str,
-        opt(MODEL, "auto, float32, bfloat16, or weights as int8, int4, int4-g64 or int4-g128."),
-    ] = "auto"
-    device: Annotated[str, opt(MODEL, "auto, cpu, cuda or cuda:N.")] = "auto"
-    threads: Annotated[int | None, opt(MODEL, "CPU threads.")] = None
+    model: ModelPath = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
     deterministic: Annotated[
         bool,
         opt(
@@ -78,26 +90,16 @@ class ModelOptions:
     policy: Annotated[
         str, opt(SPECULATION, "How much to draft, e.g. confidence:threshold=0.5.", metavar="SPEC")
     ] = "fixed"
-    allow_lossy: Annotated[
-        bool, opt(SPECULATION, "Allow methods that change what the model says.", "--allow-lossy")
-    ] = False
+    allow_lossy: AllowLossy = False
 
     def validate(self) -> None:
         """Everything that can be said before torch is imported and weights are read."""
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype} is unknown: use one of {', '.join(DTYPES)}.")
+        check_dtype(self.dtype)
         for flag in ("batch", "threads", "kv_rows"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise InputError(f"--{flag.replace('_', '-')} {value} makes no sense: at least 1.")
-        for kind, text in (
-            ("drafter", self.draft),
-            ("verifier", self.verify),
-            ("policy", self.policy),
-        ):
-            name = Spec.parse(text).name
-            if name != "auto" and name not in names(kind):
-                raise InputError(f"Unknown {kind} '{name}': {suggest(name, names(kind))}")
+        check_specs(self.draft, self.verify, self.policy)
 
 
 @dataclass(frozen=True)

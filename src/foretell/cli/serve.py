@@ -9,9 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.common import note, threads_for
-from foretell.cli.options import DTYPES, MODEL, SPECULATION, Config, command, opt
+from foretell.cli.options import (
+    MODEL,
+    SPECULATION,
+    AllowLossy,
+    Config,
+    Device,
+    Dtype,
+    ModelPath,
+    Threads,
+    check_dtype,
+    command,
+    opt,
+)
 from foretell.core.errors import InputError
-from foretell.core.registry import Spec, names, suggest
+from foretell.core.registry import check_specs
 from foretell.serve.build import ServeConfig
 
 if TYPE_CHECKING:
@@ -27,20 +39,14 @@ LEVELS = ("none", "summary", "detailed")
 class ServeOptions:
     """Everything but --replicas and --config."""
 
-    model: Annotated[
-        str | None,
-        opt(MODEL, "Checkpoint directory or hub id; without it the bundled model.", metavar="M"),
-    ] = None
+    model: ModelPath = None
     served_model_name: Annotated[
         list[str] | None,
         opt(MODEL, "What clients call the model. Repeatable; the first stands in answers."),
     ] = None
-    dtype: Annotated[
-        str,
-        opt(MODEL, "auto, float32, bfloat16, or weights as int8, int4, int4-g64 or int4-g128."),
-    ] = "auto"
-    device: Annotated[str, opt(MODEL, "auto, cpu, cuda or cuda:N.")] = "auto"
-    threads: Annotated[int | None, opt(MODEL, "CPU threads.")] = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
     deterministic: Annotated[
         bool,
         opt(MODEL, "Only arithmetic that does not depend on the batch.", "--deterministic"),
@@ -67,10 +73,7 @@ class ServeOptions:
         str, opt(SPECULATION, "The rule; auto = exact. See foretell methods.", metavar="NAME")
     ] = "auto"
     policy: Annotated[str, opt(SPECULATION, "How much to draft.", metavar="SPEC")] = "goodput"
-    allow_lossy: Annotated[
-        bool,
-        opt(SPECULATION, "Allow methods that change what the model says.", "--allow-lossy"),
-    ] = False
+    allow_lossy: AllowLossy = False
     speculative_config: Annotated[
         str | None,
         opt(SPECULATION, "vLLM's JSON, in place of --draft: ngram, draft_model, suffix."),
@@ -119,36 +122,24 @@ class ServeOptions:
             raise InputError(f"--grace {self.grace} makes no sense: it is 0 seconds or more.")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout {self.timeout} makes no sense: it is more than 0 seconds.")
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype} is unknown: use one of {', '.join(DTYPES)}.")
+        check_dtype(self.dtype)
         level = self.per_request_spec_decode_metrics
         if level is not None and level not in LEVELS:
             raise InputError(
                 f"--per-request-spec-decode-metrics {level} is unknown: use {', '.join(LEVELS)}."
             )
         draft, verify = self._methods()
-        return ServeConfig(
-            model=self.model,
-            served_names=_filled("--served-model-name", self.served_model_name),
-            dtype=self.dtype,
-            device=self.device,
-            threads=self.threads or threads_for(self.model),
-            deterministic=self.deterministic,
-            draft=draft,
-            offer=None if self.offer is None else tuple(self.offer),
-            verify=verify,
-            policy=self.policy,
-            allow_lossy=self.allow_lossy,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=self.max_model_len,
-            kv_rows=self.kv_rows,
-            api_keys=_keys(self.api_key),
-            cors_origins=_filled("--cors-origin", self.cors_origin),
-            timeout=self.timeout,
-            max_queue=self.max_queue,
-            max_body=self.max_body,
-            spec_metrics=level,
-        )
+        renamed = {
+            "served_names": _filled("--served-model-name", self.served_model_name),
+            "threads": self.threads or threads_for(self.model),
+            "draft": draft,
+            "offer": None if self.offer is None else tuple(self.offer),
+            "verify": verify,
+            "api_keys": _keys(self.api_key),
+            "cors_origins": _filled("--cors-origin", self.cors_origin),
+            "spec_metrics": level,
+        }
+        return ServeConfig.of({**asdict(self), **renamed})
 
     def _methods(self) -> tuple[str, str]:
         draft, verify = self.draft, self.verify
@@ -161,11 +152,8 @@ class ServeOptions:
             draft = made["draft"]
             if verify == "auto":
                 verify = made.get("verify", verify)
-        wanted = [("drafter", draft), ("verifier", verify), ("policy", self.policy)]
-        for kind, text in [*wanted, *(("drafter", o) for o in self.offer or ())]:
-            name = Spec.parse(text).name
-            if name != "auto" and name not in names(kind):
-                raise InputError(f"Unknown {kind} '{name}': {suggest(name, names(kind))}")
+        for drafter in (draft, *(self.offer or ())):
+            check_specs(drafter, verify, self.policy)
         return draft, verify
 
 

@@ -166,11 +166,24 @@ def suggest(wrong: str, known: typing.Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(known)}."
 
 
+def check_name(kind: str, name: str) -> None:
+    """InputError with a suggestion when there is no method of that name."""
+    if name not in (table := names(kind)):
+        raise InputError(f"Unknown {kind} '{name}': {suggest(name, table)}")
+
+
+def check_specs(draft: str, verify: str, policy: str) -> None:
+    """InputError when one of three specs names nothing that exists; "auto" does."""
+    for kind, text in (("drafter", draft), ("verifier", verify), ("policy", policy)):
+        name = Spec.parse(text).name
+        if name != "auto":
+            check_name(kind, name)
+
+
 def lookup(kind: str, name: str) -> type:
     """The class behind a name; InputError with a suggestion when there is none."""
+    check_name(kind, name)
     table = names(kind)
-    if name not in table:
-        raise InputError(f"Unknown {kind} '{name}': {suggest(name, table)}")
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)
 

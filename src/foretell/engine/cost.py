@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from foretell.core import machine, places
+from foretell.core import machine
 from foretell.core.protocols import TargetModel
 from foretell.engine.curve import Curve
 
@@ -140,8 +140,3 @@ def identity(model: TargetModel) -> str:
 def processor(device: torch.device) -> str:
     """The name of the processor that runs a model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor()
-
-
-def cache_folder() -> Path:
-    """Where measurements of this machine are kept."""
-    return places.cache_folder("cost")

@@ -16,6 +16,7 @@ from foretell.control.processors import Processors
 from foretell.core import registry
 from foretell.core.errors import ForetellError, InputError
 from foretell.core.params import NO_WISH, SamplingParams, Speculation
+from foretell.core.places import cache_folder
 from foretell.core.protocols import (
     BuildContext,
     Constraint,
@@ -29,7 +30,7 @@ from foretell.core.protocols import (
 )
 from foretell.core.registry import Spec
 from foretell.core.rng import SeqRng, fresh_seed
-from foretell.engine.cost import MeasuredCost, cache_folder
+from foretell.engine.cost import MeasuredCost
 from foretell.engine.loop import Engine
 from foretell.engine.memory import free_memory
 from foretell.engine.outputs import RequestOutput, SampleOutput
@@ -112,7 +113,7 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
         self.context = context = context or BuildContext(model, tokenizer)
         if context.cost is None:
-            context.cost = MeasuredCost(model, cache_folder())
+            context.cost = MeasuredCost(model, cache_folder("cost"))
         self.drafter: Drafter = _make("drafter", draft, context)
         self.policy: LengthPolicy = _make("policy", policy, context)
         self._greedy: Verifier = registry.create("verifier", "greedy")

@@ -9,33 +9,32 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from foretell import __version__
 from foretell.core.errors import InputError
 from foretell.serve import errors, page, streams
-from foretell.serve.answer import Chat, Completion
+from foretell.serve.answer import Answer, Chat, Completion
 from foretell.serve.blocks import BLOCK, Level
 from foretell.serve.describe import DEFAULT, describe, takes
-from foretell.serve.errors import ApiError, bad_request
+from foretell.serve.errors import bad_request
 from foretell.serve.guard import ApiKeys, Guard
 from foretell.serve.metrics import Metrics
-from foretell.serve.prepare import Prepare
-from foretell.serve.respond import respond, submit, unless_gone
+from foretell.serve.prepare import Ask, Prepare
+from foretell.serve.respond import read, respond, submit, unless_gone
 from foretell.serve.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Sampling,
     TokenizeRequest,
 )
 from foretell.serve.service import Service
 from foretell.serve.terms import Draining
 
-M = TypeVar("M", bound=BaseModel)
 MAX_BODY = 4 << 20
 
 
@@ -102,7 +101,7 @@ def make_app(
 
 def context_of(service: Service, max_model_len: int | None) -> int:
     """Most tokens of one request: what the model, the cache and the operator allow."""
-    most = min(service.llm.model.spec.max_positions, service.llm.engine.scheduler.rows)
+    most = service.context
     if max_model_len is None:
         return most
     if not 2 <= max_model_len <= most:
@@ -110,23 +109,15 @@ def context_of(service: Service, max_model_len: int | None) -> int:
     return max_model_len
 
 
-async def read(request: Request, kind: type[M]) -> M:
-    """The body of a request. Another content type is refused: pages of other sites can send those
-    without being asked first."""
-    said = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if said != "application/json" and not (said.startswith("application/") and "+json" in said):
-        raise ApiError(
-            415,
-            "The body is JSON: send 'Content-Type: application/json'.",
-            code="unsupported_media_type",
-        )
-    return kind.model_validate_json(await request.body())
-
-
 def _generation(service: Service, prepare: Prepare, level: Level) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["generation"], responses=DEFAULT)
     tokenizer, model = service.llm.tokenizer, prepare.names[0]
     assert tokenizer is not None
+
+    async def reply(request: Request, body: Sampling, ask: Ask, kind: type[Answer]) -> Response:
+        jobs = submit(service, ask)
+        answer = kind(body, ask, jobs, tokenizer, body.model or model, level)
+        return await respond(request, answer)
 
     @routes.post("/completions", openapi_extra=takes(CompletionRequest, wishes=True))
     async def completions(request: Request) -> Response:
@@ -134,9 +125,7 @@ def _generation(service: Service, prepare: Prepare, level: Level) -> APIRouter:
         body = await read(request, CompletionRequest)
         prepare.check_model(body.model)
         ask = await prepare.completion(body, request.headers)
-        jobs = submit(service, ask)
-        answer = Completion(body, ask, jobs, tokenizer, body.model or model, level)
-        return await respond(request, answer)
+        return await reply(request, body, ask, Completion)
 
     @routes.post("/chat/completions", openapi_extra=takes(ChatRequest, wishes=True))
     async def chat(request: Request) -> Response:
@@ -144,9 +133,7 @@ def _generation(service: Service, prepare: Prepare, level: Level) -> APIRouter:
         body = await read(request, ChatRequest)
         prepare.check_model(body.model)
         ask = await prepare.chat(body, request.headers)
-        jobs = submit(service, ask)
-        answer = Chat(body, ask, jobs, tokenizer, body.model or model, level)
-        return await respond(request, answer)
+        return await reply(request, body, ask, Chat)
 
     return routes
 

@@ -1,4 +1,4 @@
-"""From a request on the wire to its answer: submit, wait or stream, and notice clients that leave.
+"""From a request on the wire to its answer: read, submit, wait or stream, notice who leaves.
 
 A stream's status line waits for the first token, so that whatever goes wrong before it (a timeout
 in the queue, a constraint that allows nothing) still has a status of its own; later it is an error
@@ -13,19 +13,34 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from foretell.engine.sequence import TokenEvent
 from foretell.serve.answer import DONE, Answer
-from foretell.serve.errors import from_exception
+from foretell.serve.errors import ApiError, from_exception
 from foretell.serve.job import Job
 from foretell.serve.prepare import Ask
 from foretell.serve.service import Service
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 STUCK = 120.0  # seconds a client may refuse to take what was sent before it is given up
+
+
+async def read(request: Request, kind: type[M]) -> M:
+    """The body of a request. Another content type is refused: pages of other sites can send those
+    without being asked first."""
+    said = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if said != "application/json" and not (said.startswith("application/") and "+json" in said):
+        raise ApiError(
+            415,
+            "The body is JSON: send 'Content-Type: application/json'.",
+            code="unsupported_media_type",
+        )
+    return kind.model_validate_json(await request.body())
 
 
 def submit(service: Service, ask: Ask) -> list[Job]:

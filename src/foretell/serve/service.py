@@ -77,6 +77,11 @@ class Service:
         return [*self.llm.offers, "off"]
 
     @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer that the model and the cache hold."""
+        return min(self.llm.model.spec.max_positions, self.llm.engine.scheduler.rows)
+
+    @property
     def draining(self) -> bool:
         return self._draining
 
@@ -205,10 +210,10 @@ class Service:
 
     def _check_length(self, tokens: Sequence[int]) -> None:
         """InputError when no request with this prompt could ever run."""
-        most = min(self.llm.model.spec.max_positions, self.llm.engine.scheduler.rows)
-        if len(tokens) >= most:
+        if len(tokens) >= self.context:
+            room = self.context - 1
             raise InputError(
-                f"The prompt has {len(tokens)} tokens and there is room for {most - 1}: shorten it."
+                f"The prompt has {len(tokens)} tokens and there is room for {room}: shorten it."
             )
 
     def _submit(

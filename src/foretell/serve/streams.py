@@ -35,7 +35,7 @@ from foretell.serve.describe import DEFAULT, REF
 from foretell.serve.errors import ApiError, bad_request
 from foretell.serve.growing import Stream
 from foretell.serve.prepare import Ask, Prepare
-from foretell.serve.respond import respond
+from foretell.serve.respond import read, respond
 from foretell.serve.schema import Body, ChatRequest, CompletionRequest, Ids, Message
 from foretell.serve.service import Service
 
@@ -338,8 +338,6 @@ def _takes(*bodies: type[BaseModel]) -> dict[str, Any]:
 
 def router(service: Service, prepare: Prepare, level: Level | None = None) -> APIRouter:
     """The routes of a service."""
-    from foretell.serve.app import read  # which includes this router
-
     sessions = Sessions(service, prepare, level)
     routes = APIRouter(prefix="/v1/streams", tags=["streams"], responses=DEFAULT)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from foretell.core import registry
 from foretell.core.errors import InputError
-from foretell.core.registry import Spec, names, suggest
+from foretell.core.registry import Spec, check_specs, suggest
 
 PLAIN = "none"
 KEYS = ("draft", "verify", "policy", "name")
@@ -44,10 +44,7 @@ class Method:
         cls, draft: str, verify: str = "auto", policy: str = "fixed", name: str = ""
     ) -> Method:
         """InputError when a part names nothing that exists."""
-        for kind, text in (("drafter", draft), ("verifier", verify), ("policy", policy)):
-            found = Spec.parse(text).name
-            if found != "auto" and found not in names(kind):
-                raise InputError(f"Unknown {kind} '{found}': {suggest(found, names(kind))}")
+        check_specs(draft, verify, policy)
         label = draft.strip()
         label += f"+verify={verify}" if verify != "auto" else ""
         label += f"+policy={policy}" if policy != "fixed" else ""
