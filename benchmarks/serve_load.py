@@ -267,7 +267,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 
         if args.threads:
             torch.set_num_threads(args.threads)
-        base = foretell.load(args.model, draft=args.draft, max_batch=args.max_batch)
+        base = foretell.load(
+            args.model, draft=args.draft, max_batch=args.max_batch, dtype=args.dtype
+        )
         draft = args.draft
         if draft == "auto":
             draft = base.drafter.name
@@ -275,7 +277,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.http:
             setting: Setting = OverHttp(name, texts, args)
             options = ["--draft", "none" if name == "off" else args.draft, "--policy", policy]
-            options += ["--max-num-seqs", str(args.max_batch)]
+            options += ["--max-num-seqs", str(args.max_batch), "--dtype", args.dtype]
             options += ["--model", args.model] if args.model else []
             await setting.start(options)  # type: ignore[attr-defined]
         else:
@@ -339,6 +341,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     p.add_argument("--model", default=None, help="checkpoint (default: the bundled model)")
     p.add_argument("--draft", default="auto")
+    p.add_argument("--dtype", default="auto")
     p.add_argument("--goodput", default="goodput", help="the policy under test")
     p.add_argument("--fixed", default=FIXED, help="fixed draft lengths it is compared with")
     p.add_argument("--levels", default="1,2,4,8,16,32", help="numbers of clients")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from foretell import InputError
+from foretell.control.length.allocate import allocate, promise
 from foretell.control.length.estimates import Habits, Line, Record, Written, widths
-from foretell.control.length.goodput import Goodput, allocate, promise
+from foretell.control.length.goodput import Goodput
 from foretell.core.feedback import Verdict
 from foretell.core.params import SamplingParams
 from foretell.core.protocols import Budget, BuildContext, Load, SeqView, Timings
@@ -146,9 +147,22 @@ def test_a_server_whose_load_rises_and_falls(seed: int) -> None:
     machine = Machine(kinked, 0.1, lambda step, i: easy[i])
     load = lambda seconds: loads[int(seconds) // 60 % 8]  # noqa: E731
     got, best = machine.goodput(load, 480), machine.best_fixed(load, 480)
-    assert got >= 0.99 * best
+    assert got >= 0.98 * best
     if seed != 1:  # there it is full most of the time, and not to draft is the best of all
         assert got >= best, "one length for all times and texts is not the best there is"
+
+
+@pytest.mark.parametrize("fixed", [0.2, 0.4])
+def test_texts_that_differ_near_the_point_where_drafts_pay(fixed: float) -> None:
+    """A small model on a CPU: a draft costs as much as a forward, and some texts are worth it."""
+    r = random.Random(3)
+    easy = [r.choice([0.4, 0.6, 0.75, 0.9]) for _ in range(64)]
+    machine = Machine(
+        lambda rows, n: 1.0 + 0.06 * rows, 0.25, lambda step, i: easy[step // 50 % 64],
+        noise=0.4, fixed=fixed, longest=3,
+    )  # fmt: skip
+    got = machine.goodput(lambda _: 1, 2000)
+    assert got >= 0.97 * machine.best_fixed(lambda _: 1, 2000)
 
 
 def test_a_text_that_turns_is_noticed_both_ways() -> None:
@@ -226,11 +240,8 @@ def test_the_line_tells_fixed_time_from_time_per_level() -> None:
     line = Line()
     for x in [4] * 30:
         line.observe(x, 0.4)
-    assert line.at(8) == pytest.approx(0.8), "nothing else is known: all of it is per level"
-    flat = Line(flat=True)
-    for x in [4] * 30:
-        flat.observe(x, 0.4)
-    assert flat.at(8) == pytest.approx(0.4)
+    assert line.at(0) == pytest.approx(0.08), "nothing else is known: as much as a level takes"
+    assert line.at(8) == pytest.approx(0.72)
     for x in [1, 2, 4, 6] * 30:
         line.observe(x, 0.3 + 0.01 * x)
     assert line.at(8) == pytest.approx(0.38, rel=0.1)

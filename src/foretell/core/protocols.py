@@ -352,6 +352,7 @@ class Timings:
     context: int = 0  # committed rows the forward read, summed over its sequences
     sequences: int = 0  # B
     decoding: bool = True  # whether no sequence of the step was still reading its prompt
+    other: float = 0.0  # between the step before and this one; 0 when nothing ran in between
 
 
 class CostModel(Protocol):

@@ -68,6 +68,7 @@ class Engine:
         scheduler.on_admit = self._begin
         scheduler.on_evict = self._end
         self.timings = Timings()  # of the last step
+        self._left = 0.0  # when it was over but for its books; 0 when nothing went on after it
         self.moved = False  # whether the last step had anything to run
         self.turns: list[Turn] = []  # of the last step
         self.totals = Totals()
@@ -96,8 +97,10 @@ class Engine:
         self.turns = turns = self.scheduler.plan()
         self.moved = bool(turns)
         if not turns:
+            self._left = 0.0
             return []
         t0 = perf_counter()
+        other = t0 - self._left if self._left else 0.0
         trees = self._draft(turns)
         masks = [self._constrain(t, tree) for t, tree in zip(turns, trees, strict=True)]
         trees = self._extend(turns, trees)
@@ -133,6 +136,7 @@ class Engine:
             context,
             len(turns),
             all(t.decode for t in turns),
+            other,
         )
         self.policy.observe(trees, verdicts, self.timings)
         if self.cost is not None:
@@ -144,6 +148,7 @@ class Engine:
                 self.scheduler.retire(turn.seq)
         for seq, _ in self.failed:
             self.scheduler.retire(seq, keep=False)
+        self._left = t3 if self.scheduler.running else 0.0
         return [e for group in events for e in group]
 
     def _learners(self, turns: Seq[Turn]) -> Seq[int]:

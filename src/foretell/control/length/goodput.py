@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
 
+from foretell.control.length.allocate import allocate, alone, other_way, promise
 from foretell.control.length.company import decided
-from foretell.control.length.estimates import Habits, Record, Seen, Written, curves, widths
+from foretell.control.length.estimates import Habits, Record, Written, curves, widths
 from foretell.control.length.fixed import UNLIMITED
 from foretell.control.length.steptime import StepTime
 from foretell.core.errors import InputError
@@ -26,6 +28,7 @@ from foretell.core.tree import TokenTree
 
 FALLBACK = 4  # levels, where nothing is known about costs
 START = 2  # most levels while the time of a draft is unknown
+NOTHING = Budget(0, 0)
 
 
 class Goodput:
@@ -37,11 +40,12 @@ class Goodput:
     drafter finds anything. Seconds are the cost model's for the target's forward of all rows, as
     real steps have tilted it, plus what drafting so many levels lately took (`steptime.StepTime`).
     Levels are admitted in order of tokens per row, over all sequences, and the best cut is taken
-    (`allocate`). A choice is kept for `every` steps (later for more, where nothing
-    changes) or until the company has changed by a quarter, and left only for one that promises
-    `MARGIN` more; newcomers do as most do. Sequences that are given nothing draft now and then all
-    the same, and where all draft a step now and then does without, for at most `PROBES` of the
-    time: what the other way would cost and bring is measured, not guessed.
+    (`allocate`). A choice is kept for `every` steps (later for more, where nothing changes) or
+    until the company has changed by a quarter, and left only for one that promises `MARGIN` more;
+    newcomers do as most do. What the other way would cost and bring is measured, not guessed:
+    sequences that are given nothing draft now and then all the same, and where all draft a step now
+    and then does without. What that is expected to lose is at most `PROBES` of the time and
+    `CREDIT` tokens in the beginning; where both ways are nearly as good it happens all the time.
 
     tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
     of measured costs, for example ``10/10/10/12/14``; draft: what drafting a level takes, in the
@@ -57,12 +61,15 @@ class Goodput:
     paper = "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput"
     summary = "for each sequence the draft length, or none, with the most tokens per second"
 
-    MARGIN = 0.03
+    MARGIN = 0.02
     PROBES = 0.01
-    DEPTH, STEPS = 1, 2  # levels and steps of a probe
+    CREDIT = 6.0
+    STEPS = 3  # of a probe: in the first one drafters catch up, the others are like any other
+    SPELL = 2  # steps without drafts for their own sake; the first finds cold caches
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
     PATIENCE = 4  # so many choices that change nothing, and they come this much more seldom
     CROWD = 32  # with more sequences not every step is learned from
+    SOME = 4  # where nobody drafts one of so many steps is learned from
     SELDOM = 16  # steps between two that go without drafts for their own sake
 
     def __init__(
@@ -90,16 +97,23 @@ class Goodput:
         self.asked: list[int] = []
         self.chosen_for = 0  # sequences in the last choice
         self.age = self.steps = 0  # steps since the choice was made, and in all
+        self.told = 0  # steps that `time` knows of
+        self.fresh = 0  # sequences that draft for the first time
         self.patience = every  # steps until the next choice
         self.quiet = 0  # choices that changed nothing
         self.last_plain = 0  # steps since nobody drafted
+        self.spell = 0  # steps without drafts that are still to come
         self.plain_price = 0.0  # seconds that a step without drafts would lose
         self.learns = draft is None
         self.rate = 0.0  # tokens per second it promises
-        self.credit = 0.0  # seconds that probes may take
-        self.earned = self.price = 0.0  # seconds a step brings it, and a probe lately cost
-        self.again: list[Record] = []  # who goes on with a probe
+        self.credit = 0.0  # seconds that probes may lose
+        self.began = False  # whether the first of them was given
+        self.earned = self.price = 0.0  # seconds a step brings it, and a probe is expected to lose
+        self.depth = 1  # levels of a probe
+        self.again: list[Record] = []  # who probes
+        self.more = 0  # steps of the probe that are still to come, and this one
         self.probing = 0.0  # seconds that this step's probe was expected to draft for
+        self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
         self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
 
     @classmethod
@@ -128,48 +142,102 @@ class Goodput:
     def budgets(self, views: Sequence[SeqView], load: Load) -> list[Budget]:
         if self.time is None:
             return [Budget(UNLIMITED, min(FALLBACK, self.tokens))] * len(views)
+        if self._is_calm(views):
+            return self.nothing
         self.views, self.probing = list(views), 0.0
-        records = [self._record(v) for v in views]
+        arrivals = sum(v.effort is None for v in views)
+        records = [v.effort or self._record(v) for v in views]
         self.age, self.steps = self.age + 1, self.steps + 1
-        limits = [min(self.tokens, v.most_drafts) for v in views]
+        self.time.went_by(self.steps - self.told, arrivals)
+        self.told = self.steps
+        most = self.tokens
+        limits = [min(most, v.most_drafts) if v.control else most for v in views]
         if self._is_due(records):
             self._choose(records, limits)
         else:
             self._welcome(records)
-        levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
+        levels = [r.tokens if r.tokens < k else k for r, k in zip(records, limits, strict=True)]
         levels = self._look_around(records, levels, limits)
-        room = [v.params.max_tokens - (len(v.tokens) - v.prompt_len) - 1 for v in views]
-        self.asked = [min(k, max(0, r)) for k, r in zip(levels, room, strict=True)]
-        self.clean = True
-        for r, k in zip(records, self.asked, strict=True):
+        self.clean, self.fresh, self.asked, budgets = True, 0, [], []
+        for r, k, v in zip(records, levels, views, strict=True):
             if k:
-                self.clean = self.clean and r.drafted and r.idle <= self.NAP
-                r.idle, r.drafted = 0, True
+                self.clean = self.clean and r.drafted and self.steps - r.last <= self.NAP
+                self.fresh += not r.drafted
+                r.last, r.drafted = self.steps, True
+                room = v.params.max_tokens - len(v.tokens) + v.prompt_len - 1
+                self.asked.append(min(k, max(0, room)))
+                budgets.append(Budget(UNLIMITED, k))
             else:
-                r.idle += 1
-        return [Budget(UNLIMITED if k else 0, k) for k in levels]
+                self.asked.append(0)
+                budgets.append(NOTHING)
+        self.nothing = [] if any(self.asked) or self.spell else budgets
+        return budgets
+
+    def _is_calm(self, views: Sequence[SeqView]) -> bool:
+        """Whether nobody drafts and nothing is to be thought about: most steps of a full server,
+        which are to cost nothing."""
+        if len(views) != len(self.nothing) or not all(map(is_, views, self.views)):
+            return False
+        if self.age + 1 >= min(self.patience, self.steps // 4) or self.more > 1:
+            return False
+        if self.price <= self.credit + self.earned:
+            return False
+        self.credit += self.earned
+        self.age, self.steps = self.age + 1, self.steps + 1
+        return True
 
     def _look_around(
         self, records: Sequence[Record], levels: list[int], limits: Sequence[int]
     ) -> list[int]:
         """Now and then the other way, so that what it would cost and bring is known: drafts of
         those that have none, or a step without any."""
+        assert self.time is not None, "asked only where there are costs"
         self.credit += self.earned
         self.last_plain += 1
-        again, self.again = self.again, []
-        if again:  # the second step of a probe is like any other
-            for i, r in enumerate(records):
-                if any(r is a for a in again):
-                    levels[i] = max(levels[i], min(self.DEPTH, limits[i]))
-        elif any(k == 0 < limit for k, limit in zip(levels, limits, strict=True)):
-            if self.credit >= self.price:  # as it was when it was last asked for
-                self._probe(records, levels, limits)
-                self.credit = min(self.credit, self.price)
+        if self.more:
+            self.more -= 1
+        again = self.again if self.more else []
+        idle = [i for i, k in enumerate(levels) if k == 0 < limits[i]]
+        if again:
+            for i in idle:
+                if any(records[i] is a for a in again):
+                    levels[i] = min(self.depth, limits[i])
+        elif idle:
+            if self.credit >= self.price:
+                self._probe(records, levels, limits, self._explorers(records, idle))
         elif self.learns and self.last_plain >= self.SELDOM and self.credit >= self.plain_price:
-            self.credit, levels = 0.0, [0] * len(levels)
-        if not any(levels):
-            self.last_plain = 0
+            self.credit -= self.plain_price
+            self.spell = self.SPELL
+        elif self.steps % self.every == 0 and self.time.one_sided(len(levels)):
+            levels = [k - 1 or min(2, n) for k, n in zip(levels, limits, strict=True)]
+        if self.spell:
+            self.spell, levels = self.spell - 1, [0] * len(levels)
+        self.last_plain = 0 if self.spell or not any(levels) else self.last_plain
         return levels
+
+    def _explorers(self, records: Sequence[Record], idle: Sequence[int]) -> list[int]:
+        """Those that have drafted before, and one that has not (it makes a draft model read its
+        whole prompt first)."""
+        chosen = [i for i in idle if records[i].drafted]
+        fresh = [i for i in idle if not records[i].drafted]
+        if fresh:
+            chosen.append(min(fresh, key=lambda i: len(self.views[i].tokens)))
+        return chosen
+
+    def _probe(
+        self,
+        records: Sequence[Record],
+        levels: list[int],
+        limits: Sequence[int],
+        chosen: Sequence[int],
+    ) -> None:
+        """Idle sequences draft for some steps; the credit pays."""
+        assert self.time is not None, "asked only where there are costs"
+        for i in chosen:
+            levels[i] = min(self.depth, limits[i])
+        self.again, self.more = [records[i] for i in chosen], self.STEPS
+        self.probing = max(float(self.time.drafting(max(levels), sum(map(bool, levels)))), 1e-9)
+        self.credit -= self.price
 
     def _is_due(self, records: Sequence[Record]) -> bool:
         """Whether to choose anew: after `every` steps (sooner in the beginning), when the company
@@ -181,6 +249,8 @@ class Goodput:
 
     def _welcome(self, records: Sequence[Record]) -> None:
         """Newcomers do as most of those do whose drafts are like theirs."""
+        if all(r.met for r in records):
+            return
         for r in records:
             if not r.met:
                 known = sorted(o.tokens for o in records if o.met and o.habits is r.habits)
@@ -190,7 +260,7 @@ class Goodput:
     def observe(
         self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict], timings: Timings
     ) -> None:
-        if self.time is None:
+        if self.time is None or (self.nothing and self.steps % self.SOME):
             return
         awake, levels = sum(k > 0 for k in self.asked), 0
         crowd = 1 + len(self.views) // self.CROWD
@@ -200,24 +270,20 @@ class Goodput:
             awake = 0  # so many verdicts a step that some of the steps teach enough
         if self.probing:  # what it cost beyond the plan: a prompt to read, a sleep to make up for
             self.credit -= max(0.0, timings.draft - self.probing)
-            awake = awake if self.clean else 0  # a probe says nothing about the next drafts' time
-        self.time.observe(timings, levels, awake, self.clean)
+        cold = bool(self.probing) or (self.spell > 0 and self.spell == self.SPELL - 1)
+        self.time.observe(timings, levels, awake, self.fresh, self.clean, not cold)
 
     def _learn(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict]) -> int:
         """From the verdicts of a step; returns the levels of the deepest draft."""
         deepest = 0
-        told: dict[int, tuple[Habits, list[Seen]]] = {}
         for (view, tree, verdict), asked in zip(
             decided(self.views, trees, verdicts), self.asked, strict=False
         ):
             if asked:
                 record, drafted = self._record(view), widths(tree)
                 record.observe(asked, len(drafted), verdict)
-                seen = told.setdefault(id(record.habits), (record.habits, []))[1]
-                seen.append((asked, drafted, verdict))
+                record.habits.observe(asked, drafted, verdict)
                 deepest = max(deepest, len(drafted))
-        for habits, seen in told.values():
-            habits.observe_all(seen)
         return deepest
 
     def _record(self, view: SeqView) -> Record:
@@ -235,10 +301,16 @@ class Goodput:
         gain[np.arange(most) >= np.array(limits)[:, None]] = 0.0
         found = float(seen[0]) if len(records) == 1 else 1.0
         forward = self._forward(len(records), float(rows.sum()) / found, found)
-        levels, rate = allocate(gain, rows, forward, self.time.drafting)
         self._welcome(records)
         old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
-        self.rate = promise(old, gain, rows, forward, self.time.drafting)
+        if len(records) == 1:
+            rates = alone(gain[0], rows[0], forward, self.time.drafting)
+            levels, rate, self.rate = [int(rates.argmax())], float(rates.max()), rates[old[0]]
+            plain = 1 / float(rates[0])
+        else:
+            levels, rate = allocate(gain, rows, forward, self.time.drafting)
+            self.rate = promise(old, gain, rows, forward, self.time.drafting)
+            plain = float(forward(np.array([float(len(records))]))[0])
         self.quiet += 1
         if rate > (1 + self.MARGIN) * self.rate or not all(r.met for r in records):
             self.rate, self.quiet = rate, 0
@@ -246,10 +318,36 @@ class Goodput:
                 record.tokens, record.met = k, True
         self.patience = self.every * (self.PATIENCE if self.quiet > self.PATIENCE else 1)
         self.age, self.chosen_for = 0, len(records)
+        self._price(records, limits, most, forward, plain)
+
+    def _price(
+        self,
+        records: Sequence[Record],
+        limits: Sequence[int],
+        most: int,
+        forward: Callable,
+        plain: float,
+    ) -> None:
+        """What the other way is expected to lose, and what may be lost for it. most: levels that
+        `forward` knows; plain: seconds of a step without drafts."""
+        assert self.time is not None, "asked only where there are costs"
         n = len(records)
-        self.earned = self.PROBES * n / max(self.rate, 1e-12)
-        plain = float(forward(np.array([float(n)]))[0])
-        self.plain_price = max(0.0, plain - n / max(self.rate, 1e-12))
+        step = n / max(self.rate, 1e-12)  # seconds that the tokens of plain decoding are worth
+        full = self.CREDIT * step / n
+        self.credit = min(self.credit, max(full, self.price)) if self.began else full
+        self.credit = max(self.credit, -full)  # one interruption does not end all looking
+        self.began = True
+        self.earned = self.PROBES * step
+        levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
+        idle = [i for i, k in enumerate(levels) if k == 0 < limits[i]]
+        if idle:
+            who = self._explorers(records, idle)
+            gain, rows, _ = curves(records, most, hope=False)
+            draft = self.time.drafting
+            self.depth, loss = other_way(levels, who, gain, rows, forward, draft, self.rate)
+            self.price = self.STEPS * max(0.0, loss)
+        else:
+            self.plain_price = self.SPELL * max(0.0, plain - step)
 
     def _forward(self, sequences: int, extra: float, found: float) -> Callable:
         """Seconds of a target forward and its verification, by the expected rows. With one sequence
@@ -263,85 +361,3 @@ class Goodput:
             return (1 - found) * cost[0] + found * full
 
         return seconds
-
-    def _probe(self, records: Sequence[Record], levels: list[int], limits: Sequence[int]) -> None:
-        """Let idle sequences draft for two steps, when the credit pays for it: those that have
-        drafted before, and one that has not (it makes a draft model read its whole prompt first).
-        In the first step they catch up; the second shows what drafting takes."""
-        assert self.time is not None, "asked only where there are costs"
-        idle = [i for i, k in enumerate(levels) if k == 0 < limits[i]]
-        chosen = [i for i in idle if records[i].drafted]
-        fresh = [i for i in idle if not records[i].drafted]
-        if fresh:
-            chosen.append(min(fresh, key=lambda i: len(self.views[i].tokens)))
-        context, n, base = sum(v.cached for v in self.views), len(levels), len(levels) + sum(levels)
-        before, after = self.time.forward([base, base + len(chosen) * self.DEPTH], context, n)
-        awake = sum(map(bool, levels))
-        drafting = self.time.drafting(max(self.DEPTH, *levels), awake + len(chosen))
-        self.price = price = self.STEPS * (
-            float(after - before) + drafting - self.time.drafting(max(levels), awake)
-        )
-        if self.credit < price:
-            return
-        for i in chosen:
-            levels[i] = self.DEPTH
-        self.again = [records[i] for i in chosen]
-        self.probing = max(drafting, 1e-9)
-        self.credit -= price
-
-
-def allocate(
-    gain: np.ndarray,
-    rows: np.ndarray,
-    forward: Callable[[np.ndarray], np.ndarray],
-    draft: Callable[[int, Any], Any],
-) -> tuple[list[int], float]:
-    """Levels of each of B sequences with the most expected tokens per second, and that rate.
-
-    gain, rows [B, K]: emitted tokens and forward rows that each level adds on average;
-    forward(rows [n]) -> seconds [n] of the step's target forward; draft(levels, sequences [n])
-    -> seconds [n] of drafting. A level's tokens per row count as no better than those of the level
-    above, so that what is admitted is always a number of levels. O(K B K) after one sort.
-    """
-    count, most = gain.shape
-    worth = np.minimum.accumulate(gain / np.maximum(rows, 1e-9), 1)
-    worth[gain < 1e-6] = 0.0
-    who, level = np.divmod(np.arange(count * most), most)
-    order = np.lexsort((level, -worth.ravel()))
-    order = order[worth.ravel()[order] > 0]
-    best, rate = [0] * count, count / float(forward(np.array([float(count)]))[0])
-    if count == 1:
-        tokens, levels = 1 + gain[0].cumsum(), range(1, most + 1)
-        seconds = forward(1 + rows[0].cumsum()) + np.array([draft(k, 1) for k in levels])
-        rates = np.where(gain[0] < 1e-6, 0.0, tokens / seconds)
-        i = int(rates.argmax())
-        return ([i + 1], float(rates[i])) if rates[i] > rate else (best, rate)
-    for deep in range(1, most + 1):
-        slots = order[level[order] < deep]
-        if not len(slots) or level[slots].max() < deep - 1:
-            break
-        tokens = count + gain.ravel()[slots].cumsum()
-        awake = (level[slots] == 0).cumsum()
-        table = np.broadcast_to(draft(deep, np.arange(1, awake[-1] + 1)), awake[-1])
-        seconds = forward(count + rows.ravel()[slots].cumsum()) + table[awake - 1]
-        i = int((tokens / seconds).argmax())
-        if tokens[i] / seconds[i] > rate:
-            rate = float(tokens[i] / seconds[i])
-            best = np.bincount(who[slots[: i + 1]], minlength=count).tolist()
-    return best, rate
-
-
-def promise(
-    levels: Sequence[int],
-    gain: np.ndarray,
-    rows: np.ndarray,
-    forward: Callable[[np.ndarray], np.ndarray],
-    draft: Callable[[int, Any], Any],
-) -> float:
-    """Expected tokens per second of given levels, as in `allocate`."""
-    chosen = np.arange(gain.shape[1]) < np.asarray(levels)[:, None]
-    total = np.array([len(levels) + float(rows[chosen].sum())])
-    seconds = float(forward(total)[0])
-    if max(levels) > 0:
-        seconds += draft(max(levels), sum(k > 0 for k in levels))
-    return (len(levels) + float(gain[chosen].sum())) / seconds

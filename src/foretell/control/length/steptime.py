@@ -16,8 +16,9 @@ OFFSETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 
 
 
 class Tilt:
-    """log(actual / predicted) = c + d (x - mean x), over fading observations.
+    """actual / predicted = c + d (x - mean x), over fading observations.
 
+    Means, not medians: what a busy machine adds to some steps is part of what steps take.
     A prediction that is wrong by a factor is mended at once; one that is wrong in its slope as soon
     as different x were seen. Until then d is 0.
     """
@@ -25,19 +26,19 @@ class Tilt:
     KEEP = 0.97  # what is left of an observation after every further one
     RIDGE = 0.5  # how much x must vary before a slope is believed
     STEEPEST = 1.0
-    SURPRISE = 0.7  # an interrupted step says nothing about the next one
+    SURPRISE = 4.0  # an observation is at most so many times what was expected
+    LEAST = 0.05
 
     def __init__(self) -> None:
         self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
         self.x = self.c = self.d = 0.0
 
     def at(self, x: Any) -> Any:
-        return self.c + self.d * (x - self.x)
+        return np.maximum(self.LEAST, self.c + self.d * (x - self.x))
 
     def observe(self, x: float, r: float) -> None:
         if self.n > 2:
-            known = self.at(x)
-            r = min(max(r, known - self.SURPRISE), known + self.SURPRISE)
+            r = min(r, self.SURPRISE * max(self.LEAST, self.c + self.d * (x - self.x)))
         k = self.KEEP
         self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
         self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
@@ -51,27 +52,47 @@ class StepTime:
     """Seconds of a step by its rows, levels and sequences.
 
     cost: the target's forwards, as somebody measured them; what really happens tilts it, for each
-    range of sequences (1, 2-3, 4-7, ..) by itself. draft: what drafting a level takes, in the unit
-    of `cost`; then nothing is learned from the clock.
+    range of sequences (1, 2-3, 4-7, ..) by itself. Drafting is kept in units of what forwards took
+    at that moment, since whatever slows the machine down slows both. draft: what drafting a level
+    takes, in the unit of `cost`; then nothing is learned from the clock.
     """
 
-    PACE = 0.05
+    PACE = 0.1
     COLD = 3
-    MOST = 4.0  # one prompt counts for so many drafts at most
+    SPREAD = 0.03  # variance of levels
+    MOST = 30.0  # one prompt counts for so many drafts at most
+    WINDOW = 1000  # steps over which arrivals are counted
 
     def __init__(self, cost: CostModel, draft: float | None = None) -> None:
         self.draft = draft
         self.plain: Callable[..., float] = getattr(cost, "plain", cost.seconds)
         """As it was measured: the tilts are corrections enough."""
         self.tilts: dict[int, Tilt] = {}  # by range of sequences
-        self.lines: dict[int, Line] = {}  # seconds of drafting by levels, by range of sequences
-        self.catching = 0.0  # seconds a drafting step spends on prompts and sleeps, on average
+        self.lines: dict[int, Line] = {}  # drafting by levels, by range of sequences
+        self.reading: float | None = None  # what drafting for a newcomer takes more: its prompt
+        self.steps, self.arrived = 1.0, 0.0  # lately
         self.cold = self.COLD  # first drafts that are not counted: they find memory untouched
+
+    @property
+    def catching(self) -> float:
+        """What a step spends on the prompts of newcomers, where all draft."""
+        return (self.reading or 0.0) * self.arrived / self.steps
+
+    def went_by(self, steps: int, arrivals: int) -> None:
+        """Steps since this was last told, and the sequences that came with them."""
+        self.steps, self.arrived = self.steps + steps, self.arrived + arrivals
+        if self.steps > self.WINDOW:
+            self.steps, self.arrived = self.steps / 2, self.arrived / 2
 
     @property
     def known(self) -> bool:
         """Whether it is known how long drafting takes."""
         return self.draft is not None or bool(self.lines)
+
+    def one_sided(self, sequences: int) -> bool:
+        """Whether drafts were so much alike that what a level takes cannot be told."""
+        line = self.lines.get(sequences.bit_length())
+        return self.draft is None and line is not None and line.spread < self.SPREAD
 
     def forward(self, rows: Sequence[int], context: int, sequences: int) -> np.ndarray:
         """A forward and its verification for each number of rows; rising."""
@@ -79,7 +100,7 @@ class StepTime:
         if not self.tilts:
             return np.array(plain)
         tilt = nearest(self.tilts, sequences)
-        return np.maximum.accumulate(plain * np.exp(tilt.at(np.log(rows))))
+        return np.maximum.accumulate(plain * tilt.at(np.log(rows)))
 
     def forward_curve(self, sequences: int, context: int, extra: float) -> tuple:
         """(rows, seconds) of forwards of `sequences` rows and up to `extra` more."""
@@ -87,45 +108,64 @@ class StepTime:
         marks.append(sequences + max(1, math.ceil(extra)))
         return np.array(marks), self.forward(marks, context, sequences)
 
-    def drafting(self, levels: int, sequences: Any) -> Any:
-        """Drafting so many levels for so many sequences (a number, or an array of them); 0 while
-        nobody knows."""
+    def drafting(self, levels: Any, sequences: Any) -> Any:
+        """Drafting so many levels (a number, or an array of numbers above 0) for so many sequences
+        (a number, or with a number of levels an array of them); 0 while nobody knows."""
         if self.draft is not None:
             return self.draft * levels
-        if not levels or not self.lines:
+        if not self.lines or (isinstance(levels, int) and not levels):
             return 0.0
         if not isinstance(sequences, np.ndarray):
-            return nearest(self.lines, sequences).at(levels) + self.catching
+            line = nearest(self.lines, sequences)
+            return self._speed(sequences) * (line.at(levels) + self.catching)
         known = sorted(self.lines)
         at = np.array([self.lines[b].at(levels) for b in known]) + self.catching
+        at *= self._speed(int(sequences[-1]))
         ranges = np.frexp(sequences)[1]  # the number of binary digits
         return at[np.abs(np.array(known)[:, None] - ranges).argmin(0)]
 
-    def observe(self, timings: Timings, levels: int, awake: int, clean: bool) -> None:
-        """levels: of the deepest draft; awake: sequences that were asked to draft; clean: whether
-        none of them had a prompt to read first, or a long sleep to make up for."""
+    def _speed(self, sequences: int) -> float:
+        """How much longer forwards lately took than the cost model said."""
+        return nearest(self.tilts, sequences).c if self.tilts else 1.0
+
+    def observe(
+        self,
+        timings: Timings,
+        levels: int,
+        awake: int,
+        fresh: int = 0,
+        clean: bool = True,
+        usual: bool = True,
+    ) -> None:
+        """levels: of the deepest draft; awake: sequences that were asked to draft; fresh: those
+        among them that never had been, so that a draft model had to read their prompts; clean:
+        whether none was, nor had slept long; usual: False for a step whose forward found the
+        processor's caches full of something else."""
         if self.draft is not None:
             return
-        if timings.decoding and timings.rows:
+        if usual and timings.decoding and timings.rows:
             guess = self.plain(timings.rows, timings.context, timings.sequences)
             took = timings.target + timings.verify
+            took += min(timings.other, took)  # the rest is somebody's who waited
             if guess > 0 and took > 0:
                 tilt = self.tilts.setdefault(timings.sequences.bit_length(), Tilt())
-                tilt.observe(math.log(timings.rows), math.log(took / guess))
+                tilt.observe(math.log(timings.rows), took / guess)
         if not awake:
             return
         if self.cold:
             self.cold -= 1
             return
         line = self.lines.get(awake.bit_length())
-        extra = 0.0
+        took = timings.draft / self._speed(timings.sequences)
         if clean:
             line = self.lines.setdefault(awake.bit_length(), Line())
-            line.observe(levels, timings.draft)
-        elif line is not None:
-            usual = line.at(max(1, levels))
-            extra = min(max(0.0, timings.draft - usual), self.MOST * usual)
-        self.catching += self.PACE * (extra - self.catching)
+            line.observe(levels, took)
+        elif line is not None and fresh:
+            expected = line.at(max(1, levels))
+            extra = min(max(0.0, took - expected) / fresh, self.MOST * expected)
+            if self.reading is None:
+                self.reading = extra
+            self.reading += self.PACE * (extra - self.reading)
 
 
 def nearest(table: dict[int, T], sequences: int) -> T:
