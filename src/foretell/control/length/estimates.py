@@ -165,7 +165,8 @@ class Record:
 
     KEEP = 0.96
     WEIGHT = 10.0  # observations of its own that the habits are worth
-    HOPE = 0.5  # standard deviations: a text that was tried seldom may be better than it looked
+    HOPE = 0.5  # standard deviations: a text that was tried seldom may be better than it looked;
+    # less in company, where others show what is to be had
 
     def observe(self, asked: int, deep: int, verdict: Verdict) -> None:
         k = self.KEEP
@@ -197,7 +198,7 @@ def curves(
         seen = (found[mine] + w * usual.there[0]) / (asks[mine] + w)
         own = (won[mine] + w * (usual.hope if hope else usual.mean)) / (tried[mine] + w)
         if hope:
-            own += Record.HOPE * np.sqrt(own * (1 - own) / (total[mine] + w))
+            own += Record.HOPE * np.sqrt(own * (1 - own) / (total[mine] + w) / mine.sum())
         rates = np.minimum(own[:, None] * usual.shape[:most], 0.995)
         there = usual.there[:most].copy()
         there[0] = 1.0
