@@ -10,18 +10,20 @@ import numpy as np
 GIVE_UP = 3  # deepest levels that were no better than fewer
 
 
-def alone(
+def together(
     gain: np.ndarray,
     rows: np.ndarray,
     forward: Callable[[np.ndarray], np.ndarray],
     draft: Callable[[Any, Any], Any],
 ) -> np.ndarray:
-    """Expected tokens per second [K + 1] of one sequence that drafts 0, 1, .. K levels; arguments
-    as in `allocate`, gain and rows [K]. Levels that bring nothing are worth nothing."""
-    tokens = np.concatenate([[1.0], 1 + gain.cumsum()])
-    seconds = forward(np.concatenate([[1.0], 1 + rows.cumsum()]))
-    seconds[1:] += draft(np.arange(1, len(gain) + 1), 1)
-    tokens[1:][gain < 1e-6] = 0.0
+    """Expected tokens per second [K + 1] of B sequences that all draft 0, 1, .. K levels; arguments
+    as in `allocate`. Levels that bring nothing are worth nothing."""
+    count, most = gain.shape
+    more = gain.sum(0)
+    tokens = count + np.concatenate([[0.0], more.cumsum()])
+    seconds = forward(count + np.concatenate([[0.0], rows.sum(0).cumsum()]))
+    seconds[1:] += draft(np.arange(1, most + 1), count)
+    tokens[1:][more < 1e-6] = 0.0
     return tokens / seconds
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from foretell.control.length.allocate import allocate, alone, other_way, promise
+from foretell.control.length.allocate import allocate, other_way, promise, together
 from foretell.control.length.company import decided
 from foretell.control.length.estimates import Habits, Record, Written, curves, widths
 from foretell.control.length.fixed import UNLIMITED
@@ -62,6 +62,7 @@ class Goodput:
     summary = "for each sequence the draft length, or none, with the most tokens per second"
 
     MARGIN = 0.02
+    OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
     PROBES = 0.01
     CREDIT = 6.0
     STEPS = 3  # of a probe: in the first one drafters catch up, the others are like any other
@@ -298,19 +299,21 @@ class Goodput:
         assert self.time is not None, "asked only where there are costs"
         most = self.tokens if self.time.known else min(START, self.tokens)
         gain, rows, seen = curves(records, most)
-        gain[np.arange(most) >= np.array(limits)[:, None]] = 0.0
+        beyond = np.arange(most) >= np.array(limits)[:, None]
+        gain[beyond] = rows[beyond] = 0.0
         found = float(seen[0]) if len(records) == 1 else 1.0
         forward = self._forward(len(records), float(rows.sum()) / found, found)
         self._welcome(records)
         old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
-        if len(records) == 1:
-            rates = alone(gain[0], rows[0], forward, self.time.drafting)
-            levels, rate, self.rate = [int(rates.argmax())], float(rates.max()), rates[old[0]]
-            plain = 1 / float(rates[0])
-        else:
-            levels, rate = allocate(gain, rows, forward, self.time.drafting)
+        rates = together(gain, rows, forward, self.time.drafting)
+        levels, rate = [int(rates.argmax())] * len(records), float(rates.max())
+        plain = len(records) / float(rates[0])
+        self.rate = float(rates[old[0]])
+        if len(records) > 1:
+            own, own_rate = allocate(gain, rows, forward, self.time.drafting)
+            if own_rate > (1 + self.OWN) * rate:
+                levels, rate = own, own_rate
             self.rate = promise(old, gain, rows, forward, self.time.drafting)
-            plain = float(forward(np.array([float(len(records))]))[0])
         self.quiet += 1
         if rate > (1 + self.MARGIN) * self.rate or not all(r.met for r in records):
             self.rate, self.quiet = rate, 0
