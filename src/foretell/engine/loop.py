@@ -397,8 +397,13 @@ def _room(seq: Sequence) -> int:
 
 def _rows(batch: PackedBatch, i: int, tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
     """For every node its packed row and its row among the packed logits; [N] each, -1 = none."""
-    wanted = batch.segments[i].logits
-    live = tree.live
+    wanted, live, n = batch.segments[i].logits, tree.live, len(tree)
+    if len(live) == n and (wanted is None or len(wanted) == n - tree.tip):
+        first = 0 if wanted is None else tree.tip  # nearly always: no DEAD nodes, all rows wanted
+        nodes = np.arange(n)
+        logits = nodes + (batch.logit_offsets[i] - first)
+        logits[:first] = -1
+        return nodes + batch.offsets[i], logits
     packed = np.full(len(tree), -1, np.int64)
     packed[live] = np.arange(len(live)) + batch.offsets[i]
     logits = np.full(len(tree), -1, np.int64)

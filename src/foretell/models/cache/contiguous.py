@@ -9,6 +9,7 @@ window is applied by position when they are read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,26 +134,22 @@ class ContiguousTxn:
             self.scratch[b] += n
         self.plan = None
 
-    @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep scratch rows `paths[b]` of cache b. Rows move only where a path leaves gaps."""
         if not self.open:
             raise RuntimeError("the transaction is closed")
         if len(paths) != len(self.caches):
             raise ValueError("one path a cache, please")
-        kept = [np.fromiter(p, np.int64, len(p)) for p in paths]
-        for path, scratch in zip(kept, self.scratch, strict=True):
-            if len(path) and (path[0] < 0 or path[-1] >= scratch or (np.diff(path) <= 0).any()):
+        kept = [list(p) for p in paths]
+        straight = [path == list(range(len(path))) for path in kept]
+        for path, plain, scratch in zip(kept, straight, self.scratch, strict=True):
+            falls = not plain and (path[0] < 0 or any(a >= b for a, b in pairwise(path)))
+            if falls or (path and path[-1] >= scratch):
                 raise ValueError("a path names increasing scratch rows")
-        for cache, path in zip(self.caches, kept, strict=True):
-            first, n = cache.n, len(path)
-            if n and path[-1] != n - 1:
-                gap = int(np.flatnonzero(path != np.arange(n))[0])  # rows before it stay put
-                source = first + path[gap:]
-                rows = torch.from_numpy(source).to(cache.kv.device)
-                cache.kv[:, first + gap : first + n] = cache.kv.index_select(1, rows)
-                cache.positions[first + gap : first + n] = cache.positions[source]
-            cache.n = first + n
+        for cache, path, plain in zip(self.caches, kept, straight, strict=True):
+            if not plain:
+                _move(cache, np.array(path))
+            cache.n += len(path)
         self._close()
 
     def _close(self) -> None:
@@ -163,3 +160,14 @@ class ContiguousTxn:
         for cache in self.caches:
             cache.used = cache.n
             cache.txn = None
+
+
+@torch.inference_mode()
+def _move(cache: ContiguousCache, path: np.ndarray) -> None:
+    """Bring scratch rows `path` together behind the committed ones."""
+    first, n = cache.n, len(path)
+    gap = int(np.flatnonzero(path != np.arange(n))[0])  # rows before it stay put
+    source = first + path[gap:]
+    rows = torch.from_numpy(source).to(cache.kv.device)
+    cache.kv[:, first + gap : first + n] = cache.kv.index_select(1, rows)
+    cache.positions[first + gap : first + n] = cache.positions[source]
