@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from dataclasses import dataclass, field
@@ -96,6 +97,20 @@ class Arms:
     def __post_init__(self) -> None:
         self.arms = [Arm() for _ in range(self.count)]
         self.credit = START
+
+    @property
+    def pulls(self) -> float:
+        """What is known, of all arms together."""
+        return sum(a.pulls for a in self.arms)
+
+    def heir(self) -> Arms:
+        """A bandit for other requests, which takes this one's means for a first guess."""
+        new = copy.deepcopy(self)
+        for arm in new.arms:
+            arm.forget(LATE)
+            arm.last, arm.weight, arm.rested = [], 0.0, 0
+        new.credit = START if new.met else new.credit
+        return new
 
     def choose(self) -> int:
         fresh = [i for i, a in enumerate(self.arms) if a.pulls == 0]

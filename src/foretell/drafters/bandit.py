@@ -15,6 +15,7 @@ from foretell.core.tree import TokenTree
 from foretell.drafters.arms import Arms
 from foretell.drafters.compose import Composed
 
+EAR = 8  # one step of so many of other parts' is told to a part that reads rows of logits
 DWELL = 4  # steps an arm is played before its reward is read; the first pays for catching up
 DEFAULT = "prompt-lookup+suffix+token-recycling+none"
 
@@ -37,8 +38,9 @@ class Bandit(Composed):
     emits most tokens per second, drafting, target and verification included.
 
     What was learned is kept by class of request (how much of the prompt repeats itself, and
-    whether tokens are drawn or greedy) and shared by all requests of the class. ``rule=ucb`` or
-    ``exp3``. Parts sleep while others play; those that learn from every step go on learning. The
+    whether tokens are drawn or greedy) and shared by all requests of the class; a new class starts
+    from what the most played one knows. ``rule=ucb`` or ``exp3``. Parts sleep while others play;
+    those that learn from every step go on learning (from one in `EAR`, where that is dear). The
     choice looks at the past alone, so no promise is touched; under `rejection` the tokens of a seed
     depend on the draws and so on the clock, their law does not.
 
@@ -64,6 +66,7 @@ class Bandit(Composed):
             raise InputError(f"bandit:rule={rule} is neither 'ucb' nor 'exp3'.")
         self.rule, self.classes = rule, classes
         self.known: dict[Any, Arms] = {}
+        self.heard = 0  # steps
 
     @classmethod
     def build(
@@ -74,7 +77,8 @@ class Bandit(Composed):
     def begin(self, view: SeqView) -> BanditState:
         key = (view.draw, repetition(view.tokens[: view.prompt_len])) if self.classes else None
         if key not in self.known:
-            self.known[key] = Arms(len(self.parts), self.rule)
+            played = max(self.known.values(), key=lambda arms: arms.pulls, default=None)
+            self.known[key] = played.heir() if played else Arms(len(self.parts), self.rule)
         return BanditState(super().begin(view), self.known[key])
 
     def own(self, state: BanditState) -> list[Any]:
@@ -82,6 +86,9 @@ class Bandit(Composed):
 
     def drafted_by(self, state: BanditState, part: int) -> bool:
         return state.arm == part
+
+    def spares(self, part: int) -> bool:
+        return self.heard % EAR > 0 and getattr(self.parts[part], "may_miss", False)
 
     def propose(
         self, states: Sequence[BanditState], views: Sequence[SeqView], budgets: Sequence[Budget]
@@ -105,6 +112,7 @@ class Bandit(Composed):
         return [t for t in found if t is not None]
 
     def observe(self, states: Sequence[BanditState], feedback: Sequence[Feedback]) -> None:
+        self.heard += 1
         super().observe(states, feedback)
         now = perf_counter()
         for s, f in zip(states, feedback, strict=True):

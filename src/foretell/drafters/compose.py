@@ -101,7 +101,7 @@ class Composed:
         """Everybody learns from every step, but for parts that only understand their own trees:
         those are told of the steps they drafted alone."""
         for i, part in enumerate(self.parts):
-            selfish = getattr(part, "own_trees_only", False)
+            selfish = getattr(part, "own_trees_only", False) or self.spares(i)
             told = [
                 (self.own(s)[i], f)
                 for s, f in zip(states, feedback, strict=True)
@@ -109,6 +109,10 @@ class Composed:
             ]
             if told:
                 part.observe([s for s, _ in told], [f for _, f in told])
+
+    def spares(self, part: int) -> bool:
+        """Whether a part is not told of the others' trees in this step."""
+        return False
 
     def drafted_by(self, state: Any, part: int) -> bool:
         """Whether the last tree of this sequence was that of one part, unchanged."""

@@ -66,6 +66,7 @@ class TokenRecycling:
     needs = Needs(logits=True)
     shapes = frozenset({"tree", "onehot"})
     from_context = ("vocab", "cost")
+    may_miss = True  # what a step teaches costs more than many a draft, and is not needed
 
     def __init__(
         self,
