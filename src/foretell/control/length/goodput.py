@@ -65,6 +65,8 @@ class Goodput:
     OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
     PROBES = 0.01
     CREDIT = 6.0
+    DEBT = 2.0  # steps that a probe may turn out to have lost: an interruption does not count whole
+    EXPLORERS = 4  # sequences of a probe: each must catch up first
     STEPS = 3  # of a probe: in the first one drafters catch up, the others are like any other
     SPELL = 2  # steps without drafts for their own sake; the first finds cold caches
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
@@ -219,7 +221,8 @@ class Goodput:
     def _explorers(self, records: Sequence[Record], idle: Sequence[int]) -> list[int]:
         """Those that have drafted before, and one that has not (it makes a draft model read its
         whole prompt first)."""
-        chosen = [i for i in idle if records[i].drafted]
+        known = [i for i in idle if records[i].drafted]
+        chosen = sorted(known, key=lambda i: -records[i].last)[: self.EXPLORERS]
         fresh = [i for i in idle if not records[i].drafted]
         if fresh:
             chosen.append(min(fresh, key=lambda i: len(self.views[i].tokens)))
@@ -338,7 +341,7 @@ class Goodput:
         step = n / max(self.rate, 1e-12)  # seconds that the tokens of plain decoding are worth
         full = self.CREDIT * step / n
         self.credit = min(self.credit, max(full, self.price)) if self.began else full
-        self.credit = max(self.credit, -full)  # one interruption does not end all looking
+        self.credit = max(self.credit, -self.DEBT * step)
         self.began = True
         self.earned = self.PROBES * step
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
