@@ -363,6 +363,7 @@ class Service:
 
     def _dispatch(self, events: list[TokenEvent]) -> None:
         batch: dict[Job, list[TokenEvent]] = {}
+        over: set[Job] = set()  # said with the events: the next step may be done before they arrive
         for event in events:
             job = self._jobs.get(event.request)
             if job is None:
@@ -371,6 +372,7 @@ class Service:
             if event.finish_reason is not None:
                 job.left -= 1
                 if not job.left:
+                    over.add(job)
                     del self._jobs[event.request]
         for seq, error in self.llm.engine.failed:
             job = self._jobs.get(seq.request)
@@ -378,7 +380,7 @@ class Service:
                 self._drop(job, "error", said(error))
         if batch:
             self._pace.emitted(len(events))
-            self._call(self._deliver, batch)
+            self._call(self._deliver, batch, over)
 
     def _gauge(self) -> None:
         scheduler = self.llm.engine.scheduler
@@ -392,14 +394,14 @@ class Service:
 
     # The event loop again.
 
-    def _deliver(self, batch: dict[Job, list[TokenEvent]]) -> None:
+    def _deliver(self, batch: dict[Job, list[TokenEvent]], over: set[Job]) -> None:
         for job, events in batch.items():
             if job.done:
                 continue
             job._inbox.append(events)
             job._news.set()
-            if not job.left and events[-1].finish_reason is not None:
-                self._end(job, events[-1].finish_reason, None)
+            if job in over:
+                self._end(job, events[-1].finish_reason or "stop", None)
 
     def _end(self, job: Job, reason: str, error: ForetellError | None) -> None:
         if job.done:
