@@ -132,7 +132,10 @@ class TestAnswers:
             async with serving(llm) as service:
                 calls = []
                 deliver = service._deliver
-                service._deliver = lambda batch: (calls.append(len(batch)), deliver(batch))  # type: ignore
+                service._deliver = lambda batch, over: (  # type: ignore
+                    calls.append(len(batch)),
+                    deliver(batch, over),
+                )
                 jobs = [service.submit(PROMPT, SamplingParams(max_tokens=30)) for _ in range(8)]
                 await asyncio.gather(*(j.output() for j in jobs))
                 assert len(calls) <= service.snapshot().steps_total
