@@ -31,6 +31,7 @@ from foretell.core.protocols import (
     CostModel,
     Drafter,
     LengthPolicy,
+    Load,
     NodeMasks,
     TargetModel,
     Timings,
@@ -170,8 +171,7 @@ class Engine:
         decoding = [t.seq for t in turns if t.decode]
         trees: dict[int, TokenTree] = {}
         if decoding:
-            load = self.scheduler.load()
-            share = max(0, load.free_rows - sum(t.feed for t in turns)) // len(decoding)
+            load, share = self._share(turns, decoding)
             branching = 1 << 30 if self.model.spec.caps.tree else 1
             wanted = self.policy.budgets([s.view for s in decoding], load)
             budgets = [
@@ -189,10 +189,12 @@ class Engine:
                 trees.update((id(s), tree) for (s, _), tree in zip(asked, proposed, strict=True))
             for seq, want, budget in zip(decoding, wanted, budgets, strict=True):
                 self._note(seq, want, budget, trees[id(seq)], share)
-        return [
-            trees[id(t.seq)] if t.decode else TokenTree.context(t.seq.view.pending[: t.feed])
-            for t in turns
-        ]
+        return _in_order(turns, trees)
+
+    def _share(self, turns: Seq[Turn], decoding: Seq[Sequence]) -> tuple[Load, int]:
+        """The load, and the free rows that each decoding sequence may fill with drafts."""
+        load = self.scheduler.load()
+        return load, max(0, load.free_rows - sum(t.feed for t in turns)) // len(decoding)
 
     def _propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """Ask the drafter; where failures are isolated and it fails, ask for each sequence alone,
@@ -388,6 +390,14 @@ def top_logprobs(logits: torch.Tensor, token: int, n: int) -> TopLogprobs:
     logs = logits.log_softmax(-1, dtype=torch.float32)
     best = logs.topk(min(n, logs.shape[-1]))
     return float(logs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _in_order(turns: Seq[Turn], drafts: dict[int, TokenTree]) -> list[TokenTree]:
+    """A tree for every turn: its draft, by id of its sequence, or the ids it feeds."""
+    return [
+        drafts[id(t.seq)] if t.decode else TokenTree.context(t.seq.view.pending[: t.feed])
+        for t in turns
+    ]
 
 
 def _room(seq: Sequence) -> int:

@@ -38,7 +38,7 @@ from foretell.core.protocols import (
     TargetModel,
 )
 from foretell.core.tree import TokenTree
-from foretell.engine.loop import Engine, _room
+from foretell.engine.loop import Engine, _in_order, _room
 from foretell.engine.scheduler import Scheduler, Turn
 from foretell.engine.sequence import Sequence, TokenEvent
 
@@ -97,8 +97,7 @@ class PipelinedEngine(Engine):
         decoding = [t.seq for t in turns if t.decode]
         trees: dict[int, TokenTree] = {}
         if decoding:
-            load = self.scheduler.load()
-            share = max(0, load.free_rows - sum(t.feed for t in turns)) // len(decoding)
+            load, share = self._share(turns, decoding)
             budgets = self.policy.budgets([s.view for s in decoding], load)
             work: list[tuple[Ahead, SeqView, Budget]] = []
             for seq, budget in zip(decoding, budgets, strict=True):
@@ -119,10 +118,7 @@ class PipelinedEngine(Engine):
             if any(not budget.none for _, _, budget in work):
                 self._thread = Thread(target=self._imagine, args=(work,), name="drafter")
                 self._thread.start()
-        return [
-            trees[id(t.seq)] if t.decode else TokenTree.context(t.seq.view.pending[: t.feed])
-            for t in turns
-        ]
+        return _in_order(turns, trees)
 
     def _ready(self, seq: Sequence, most: int) -> TokenTree:
         """What is left of the block drafted in the last step, where the text went its way."""

@@ -8,7 +8,7 @@ and an encoder per token would cost more than the server can spare.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar
 
@@ -138,6 +138,16 @@ class Answer:
         rest = json.dumps({"choices": choices, **more}, allow_nan=False)
         return f"{self._head}{rest[1:]}\n\n"
 
+    def _opening(self, at: int, said: Callable[[int], dict[str, Any]]) -> Iterator[str]:
+        """A chunk for every choice of job `at`; said: what the one of that index holds."""
+        for index in range(at * self.n, (at + 1) * self.n):
+            choice = {"index": index, **said(index), "finish_reason": None}
+            choice |= self._prompt_ids(self.jobs[at].prompt_ids)
+            yield self._spelt([choice], {"usage": None} if self.usage_last else {})
+
+    def _prompt_ids(self, ids: list[int]) -> dict[str, Any]:
+        return {"prompt_token_ids": ids} if self.body.return_token_ids else {}
+
     def _own(self, at: int, sample: int) -> dict[str, Any]:
         """The speculation block of one choice."""
         if not self.level.detailed:
@@ -209,12 +219,10 @@ class Completion(Answer):
         if not self.ask.echo:
             return
         text = self._prompt_text(at)
-        for index in range(at * self.n, (at + 1) * self.n):
-            found = self._logprobs(index, [], [], prompt=True)
-            choice = {"index": index, "text": text, "logprobs": found, "finish_reason": None}
-            if self.body.return_token_ids:
-                choice["prompt_token_ids"] = self.jobs[at].prompt_ids
-            yield self._spelt([choice], {"usage": None} if self.usage_last else {})
+        yield from self._opening(
+            at,
+            lambda index: {"text": text, "logprobs": self._logprobs(index, [], [], prompt=True)},
+        )
 
     def _chunk(self, index: int, at: int, event: TokenEvent) -> dict[str, Any]:
         shown = not self.ask.drop
@@ -237,16 +245,14 @@ class Completion(Answer):
         if self.ask.drop:
             text, entries = "", []
         found = self._logprobs(index, sample.token_ids, entries, prompt=self.ask.echo)
-        choice = {
+        return {
             "index": index,
             "text": before + text,
             "logprobs": found,
             "finish_reason": sample.finish_reason,
             **self._all_extras(sample),
+            **self._prompt_ids(output.prompt_ids),
         }
-        if self.body.return_token_ids:
-            choice["prompt_token_ids"] = output.prompt_ids
-        return choice
 
     def _prompt_text(self, at: int) -> str:
         given = self.ask.texts[at]
@@ -283,12 +289,8 @@ class Chat(Answer):
         return f'{self._head}"choices": [{{"index": {index}, "delta": {{"content": ', end
 
     def first(self, at: int) -> Iterator[str]:
-        for index in range(at * self.n, (at + 1) * self.n):
-            delta = {"role": "assistant", "content": ""}
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            if self.body.return_token_ids:
-                choice["prompt_token_ids"] = self.jobs[at].prompt_ids
-            yield self._spelt([choice], {"usage": None} if self.usage_last else {})
+        delta = {"role": "assistant", "content": ""}
+        return self._opening(at, lambda index: {"delta": delta, "logprobs": None})
 
     def _chunk(self, index: int, at: int, event: TokenEvent) -> dict[str, Any]:
         text, reason = event.text, event.finish_reason
@@ -329,13 +331,11 @@ class Chat(Answer):
         found = None
         if sample.logprobs is not None:
             found = chat_logprobs(self.tokenizer, sample.token_ids, sample.logprobs)
-        choice = {
+        return {
             "index": index,
             "message": message,
             "logprobs": found,
             "finish_reason": reason,
             **self._all_extras(sample),
+            **self._prompt_ids(output.prompt_ids),
         }
-        if self.body.return_token_ids:
-            choice["prompt_token_ids"] = output.prompt_ids
-        return choice

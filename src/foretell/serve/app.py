@@ -7,11 +7,12 @@ own JSON reader lets through - NaN, half surrogate pairs, bottomless nesting - o
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
 from foretell import __version__
@@ -35,6 +36,7 @@ from foretell.serve.schema import (
 from foretell.serve.service import Service
 from foretell.serve.terms import Draining
 
+S = TypeVar("S", bound=Sampling)
 MAX_BODY = 4 << 20
 
 
@@ -114,26 +116,29 @@ def _generation(service: Service, prepare: Prepare, level: Level) -> APIRouter:
     tokenizer, model = service.llm.tokenizer, prepare.names[0]
     assert tokenizer is not None
 
-    async def reply(request: Request, body: Sampling, ask: Ask, kind: type[Answer]) -> Response:
+    async def reply(
+        request: Request,
+        kind: type[S],
+        prepared: Callable[[S, Headers], Awaitable[Ask]],
+        answer: type[Answer],
+    ) -> Response:
+        body = await read(request, kind)
+        prepare.check_model(body.model)
+        ask = await prepared(body, request.headers)
         jobs = submit(service, ask)
-        answer = kind(body, ask, jobs, tokenizer, body.model or model, level)
-        return await respond(request, answer)
+        return await respond(
+            request, answer(body, ask, jobs, tokenizer, body.model or model, level)
+        )
 
     @routes.post("/completions", openapi_extra=takes(CompletionRequest, wishes=True))
     async def completions(request: Request) -> Response:
         """Continue a text."""
-        body = await read(request, CompletionRequest)
-        prepare.check_model(body.model)
-        ask = await prepare.completion(body, request.headers)
-        return await reply(request, body, ask, Completion)
+        return await reply(request, CompletionRequest, prepare.completion, Completion)
 
     @routes.post("/chat/completions", openapi_extra=takes(ChatRequest, wishes=True))
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
-        body = await read(request, ChatRequest)
-        prepare.check_model(body.model)
-        ask = await prepare.chat(body, request.headers)
-        return await reply(request, body, ask, Chat)
+        return await reply(request, ChatRequest, prepare.chat, Chat)
 
     return routes
 

@@ -75,31 +75,36 @@ class Prepare:
         drop = body.max_tokens == 0
         if drop and not echo:
             raise bad_request("'max_tokens' is at least 1, or 0 with echo.", "max_tokens")
-        most = 16 if body.max_tokens is None else body.max_tokens
-        params = self.params(body, prompts, max(1, most), logprobs=body.logprobs, echo=echo)
+        params = self.completion_params(body, prompts)
         control = self.control(body, headers)
         return Ask(prompts, texts, params, control, body.timeout, echo, drop)
 
     async def chat(self, body: ChatRequest, headers: Headers) -> Ask:
         schema.refuse_unsupported(body)
-        tools = body.tools if body.tool_choice != "none" else None
-        prompt = await self.conversation(
-            body.messages,
-            tools,
-            body.add_generation_prompt is not False,
-            body.chat_template_kwargs,
-            bool(body.add_special_tokens),
-        )
-        given = (
-            body.max_tokens if body.max_completion_tokens is None else (body.max_completion_tokens)
-        )
+        prompt = await self.conversation(body, body.messages)
+        params = self.chat_params(body, prompt)
+        control = self.control(body, headers)
+        return Ask([prompt], [None], params, control, body.timeout, tools=self.parses(body))
+
+    def parses(self, body: ChatRequest) -> bool:
+        """Whether calls of tools are looked for in the answer."""
+        return bool(tools_of(body)) and self.calls
+
+    def completion_params(
+        self, body: CompletionRequest, prompts: Sequence[Sequence[int]]
+    ) -> SamplingParams:
+        """`params`, with OpenAI's 16 tokens where nothing is said."""
+        most = 16 if body.max_tokens is None else body.max_tokens
+        echo = bool(body.echo)
+        return self.params(body, prompts, max(1, most), logprobs=body.logprobs, echo=echo)
+
+    def chat_params(self, body: ChatRequest, prompt: Sequence[int]) -> SamplingParams:
+        """`params`, with what the context holds where nothing is said."""
+        said = body.max_completion_tokens
+        given = body.max_tokens if said is None else said
         most = self.context if given is None else given
         top = (body.top_logprobs or 0) if body.logprobs else None
-        params = self.params(body, [prompt], most, logprobs=top)
-        control = self.control(body, headers)
-        return Ask(
-            [prompt], [None], params, control, body.timeout, tools=bool(tools) and self.calls
-        )
+        return self.params(body, [prompt], most, logprobs=top)
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served."""
@@ -116,16 +121,13 @@ class Prepare:
         return self._fits(ids)
 
     async def conversation(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None,
-        answer: bool = True,
-        variables: Mapping[str, Any] | None = None,
-        special: bool = False,
+        self, body: ChatRequest, messages: Sequence[Message], last: bool = True
     ) -> list[int]:
-        """The ids of a conversation, by the model's chat template."""
-        text = self._rendered(messages, tools, answer, variables)
-        return self._fits(await self._ids(self._plausible(text), special))
+        """The ids of `messages`, by the model's chat template and what the body says of it; last:
+        with what makes the model answer, unless the body does without."""
+        answer = last and body.add_generation_prompt is not False
+        text = self._rendered(messages, tools_of(body), answer, body.chat_template_kwargs)
+        return self._fits(await self._ids(self._plausible(text), bool(body.add_special_tokens)))
 
     def _rendered(
         self,
@@ -247,6 +249,11 @@ class Prepare:
         if len(ids) >= self.context:
             raise _too_long(f"{len(ids)} tokens", self.context)
         return ids
+
+
+def tools_of(body: ChatRequest) -> Sequence[Tool] | None:
+    """The tools that the model is told of."""
+    return body.tools if body.tool_choice != "none" else None
 
 
 def _too_long(what: str, context: int) -> Exception:

@@ -19,6 +19,8 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -212,8 +214,12 @@ class Sessions:
 
     # Inside
 
-    def _turn(self, session: Session) -> _Turn:
-        return _Turn(self, session)
+    @asynccontextmanager
+    async def _turn(self, session: Session) -> AsyncIterator[None]:
+        """One change at a time; whoever waited finds out if the stream ended meanwhile."""
+        async with session.turn:
+            self.find(session.id)
+            yield
 
     async def _change(self, session: Session, content: Any) -> None:
         """All or nothing: a change that is refused leaves the stream as it was."""
@@ -241,54 +247,24 @@ class Sessions:
         prepare = self.prepare
         control = prepare.control(body, request.headers)
         params = self._sampling(body, [0])
-        tools = isinstance(body, OpenChat) and bool(body.tools) and body.tool_choice != "none"
-        tools = tools and prepare.calls
+        tools = isinstance(body, OpenChat) and prepare.parses(body)
         return Ask([], [], params, control, timeout=body.timeout, tools=tools)
 
     def _sampling(self, body: OpenText | OpenChat, ids: list[int]) -> SamplingParams:
         """The parameters that a prompt of these ids gets."""
         if isinstance(body, OpenChat):
-            given = body.max_completion_tokens
-            given = body.max_tokens if given is None else given
-            most = self.prepare.context if given is None else given
-            top = (body.top_logprobs or 0) if body.logprobs else None
-            return self.prepare.params(body, [ids], most, logprobs=top)
-        most = 16 if body.max_tokens is None else body.max_tokens
-        if most < 1:
+            return self.prepare.chat_params(body, ids)
+        if body.max_tokens is not None and body.max_tokens < 1:
             raise bad_request("'max_tokens' is at least 1.", "max_tokens")
-        return self.prepare.params(body, [ids], most, logprobs=body.logprobs)
+        return self.prepare.completion_params(body, [ids])
 
     async def _ids(self, body: OpenText | OpenChat, content: Any, last: bool = False) -> list[int]:
         """The ids of what was said so far; last: with what makes the model answer (chat)."""
         if isinstance(body, OpenChat):
-            return await self.prepare.conversation(
-                content,
-                body.tools if body.tool_choice != "none" else None,
-                last and body.add_generation_prompt is not False,
-                body.chat_template_kwargs,
-                bool(body.add_special_tokens),
-            )
+            return await self.prepare.conversation(body, content, last)
         if not content:
             return []
         return await self.prepare.encode(content, body.add_special_tokens is not False)
-
-
-class _Turn:
-    """One change at a time; whoever waited finds out if the stream ended meanwhile."""
-
-    def __init__(self, sessions: Sessions, session: Session) -> None:
-        self.sessions, self.session = sessions, session
-
-    async def __aenter__(self) -> None:
-        await self.session.turn.acquire()
-        try:
-            self.sessions.find(self.session.id)
-        except BaseException:
-            self.session.turn.release()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self.session.turn.release()
 
 
 def _exactly_one(body: Body, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -39,13 +40,14 @@ class Goodput:
     the same drafter and way of drawing, each one's own `Record`), which includes how often the
     drafter finds anything. Seconds are the cost model's for the target's forward of all rows, as
     real steps have tilted it, plus what drafting so many levels lately took (`steptime.StepTime`).
-    Levels are admitted in order of tokens per row, over all sequences, and the best cut is taken
-    (`allocate`). A choice is kept for `every` steps (later for more, where nothing changes) or
-    until the company has changed by a quarter, and left only for one that promises `MARGIN` more;
-    newcomers do as most do. What the other way would cost and bring is measured, not guessed:
-    sequences that are given nothing draft now and then all the same, and where all draft a step now
-    and then does without. What that is expected to lose is at most `PROBES` of the time and
-    `CREDIT` tokens in the beginning; where both ways are nearly as good it happens all the time.
+    One length for all is chosen, and lengths of their own where these promise `OWN` more: levels
+    in order of tokens per row, over all sequences, up to the best cut (`allocate`). A choice is
+    kept for `every` steps (later for more, where nothing changes) or until the company has changed
+    by a quarter, and left only for one that promises `MARGIN` more; newcomers do as most do. What
+    the other way would cost and bring is measured, not guessed: sequences that are given nothing
+    draft now and then all the same, and where all draft a step now and then does without. What that
+    is expected to lose is at most `PROBES` of the time and `CREDIT` tokens in the beginning; where
+    both ways are nearly as good it happens all the time.
 
     tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
     of measured costs, for example ``10/10/10/12/14``; draft: what drafting a level takes, in the
@@ -109,8 +111,7 @@ class Goodput:
         self.plain_price = 0.0  # seconds that a step without drafts would lose
         self.learns = draft is None
         self.rate = 0.0  # tokens per second it promises
-        self.credit = 0.0  # seconds that probes may lose
-        self.began = False  # whether the first of them was given
+        self.credit = math.inf  # seconds that probes may lose; the first choice cuts it to size
         self.earned = self.price = 0.0  # seconds a step brings it, and a probe is expected to lose
         self.depth = 1  # levels of a probe
         self.again: list[Record] = []  # who probes
@@ -340,9 +341,7 @@ class Goodput:
         n = len(records)
         step = n / max(self.rate, 1e-12)  # seconds that the tokens of plain decoding are worth
         full = self.CREDIT * step / n
-        self.credit = min(self.credit, max(full, self.price)) if self.began else full
-        self.credit = max(self.credit, -self.DEBT * step)
-        self.began = True
+        self.credit = max(min(self.credit, max(full, self.price)), -self.DEBT * step)
         self.earned = self.PROBES * step
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
         idle = [i for i, k in enumerate(levels) if k == 0 < limits[i]]

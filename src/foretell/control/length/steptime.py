@@ -38,7 +38,7 @@ class Tilt:
 
     def observe(self, x: float, r: float) -> None:
         if self.n > 2:
-            r = min(r, self.SURPRISE * max(self.LEAST, self.c + self.d * (x - self.x)))
+            r = min(r, self.SURPRISE * float(self.at(x)))
         k = self.KEEP
         self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
         self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
