@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import foretell
-from foretell.engine.llm import LLM, bundled_model
+from foretell.engine.llm import LLM
+from foretell.models.load import bundled_model
 
 PROMPTS = [
     "def fibonacci(n):\n    ",

@@ -100,6 +100,7 @@ class TableRows:
 
     def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
         assert read is None, "a table has no rows of riders"
+        assert all(self.tree.kind[n] != Kind.DEAD for n in nodes), "nothing computes DEAD rows"
         return torch.stack([self.p((*self.prefix, *self.tree.path_tokens(n))) for n in nodes])
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foretell.drafters.tables.datastore import StoreWriter
+from foretell.drafters.tables.datastore.writer import StoreWriter
 
 
 def _store() -> Path:

@@ -14,8 +14,9 @@ import pytest
 
 import foretell
 from foretell.core.errors import InputError
-from foretell.drafters.tables.datastore import StoreWriter
-from foretell.engine.llm import LLM, bundled_model
+from foretell.drafters.tables.datastore.writer import StoreWriter
+from foretell.engine.llm import LLM
+from foretell.models.load import bundled_model
 from methods import DRAFTERS, POLICIES, TREES
 from sixty import sixty
 

@@ -19,7 +19,7 @@ import methods
 from foretell import LLM, SamplingParams
 from foretell.core.rng import Purpose, SeqRng
 from foretell.drafters.trees import draw
-from foretell.engine import llm as llm_module
+from foretell.engine import inputs
 from helpers_drafts import without_replacement
 from helpers_exact import Branch, outcomes, total_variation
 from helpers_grammar import ToyGrammar, allowed_after
@@ -77,7 +77,7 @@ def engine_law(
             def fork(self, index: int) -> int:
                 return 0
 
-        monkeypatch.setattr(llm_module, "SeqRng", Rng)
+        monkeypatch.setattr(inputs, "SeqRng", Rng)
         constraint = None if grammar is None else lambda: ToyGrammar(vocab, **grammar)
         return tuple(llm.generate([prompt], params, constraint=constraint)[0].token_ids)
 
@@ -256,7 +256,7 @@ def test_the_statistical_test_sees_a_broken_rule(monkeypatch) -> None:
 def test_no_random_number_is_used_twice(monkeypatch, draft: str) -> None:
     """Within a request every draw has a key of its own: across siblings, levels and rounds."""
     used: Counter = Counter()
-    monkeypatch.setattr(llm_module, "SeqRng", watched(used))
+    monkeypatch.setattr(inputs, "SeqRng", watched(used))
     target, context = pair()
     llm = LLM(target, draft=draft, verify="rejection", context=context)
     llm.generate([[1, 2, 3, 1, 2]], max_tokens=60, temperature=1.0, seed=3)

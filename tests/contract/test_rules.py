@@ -10,7 +10,7 @@ import pytest
 import methods
 from foretell import LLM, SamplingParams
 from foretell.core.rng import Purpose
-from foretell.engine import llm as llm_module
+from foretell.engine import inputs
 from helpers_exact import total_variation
 from helpers_grammar import allowed_after
 from helpers_model import pair
@@ -81,7 +81,7 @@ def test_no_random_number_is_used_twice(monkeypatch, verify: str, draft: str) ->
     if verify == "block" and "branching" in draft:
         pytest.skip("block verifies chains")
     used: Counter = Counter()
-    monkeypatch.setattr(llm_module, "SeqRng", watched(used))
+    monkeypatch.setattr(inputs, "SeqRng", watched(used))
     target, context = pair()
     llm = LLM(target, draft=draft, verify=verify, context=context)
     llm.generate([[1, 2, 3, 1, 2]], max_tokens=60, temperature=1.0, seed=3)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import foretell
-from foretell.engine.llm import bundled_model
+from foretell.models.load import bundled_model
 
 pytestmark = [
     pytest.mark.e2e,

@@ -14,7 +14,7 @@ import pytest
 import foretell
 from foretell import LLM, SamplingParams
 from foretell.core.params import Speculation
-from foretell.engine.llm import bundled_model
+from foretell.models.load import bundled_model
 from foretell.serve.service import Service
 from foretell.serve.terms import Limits
 
@@ -163,7 +163,7 @@ def test_two_hundred_clients_that_leave_take_nothing_with_them(base: LLM) -> Non
         await asyncio.gather(*(client(service, i) for i in range(clients)))
         while True:
             snap = service.snapshot()
-            if not snap.running and not snap.waiting and not service._alive:
+            if not snap.running and not snap.waiting and not service.alive:
                 assert snap.kv_used == 0
                 assert snap.kv_kept <= 2000
                 return

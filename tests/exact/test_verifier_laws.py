@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from foretell.core.protocols import Promise
+from foretell.core.rng import SeqRng
 from foretell.core.tree import TokenTree
-from foretell.verify.block import Block
+from foretell.verify.block import Block, block_chances
 from foretell.verify.greedy_draft import GreedyDraft
 from foretell.verify.multipath import MultiPath
 from foretell.verify.rejection import Rejection
@@ -26,12 +27,13 @@ from helpers_drafts import (
     mixed,
     onehot,
     paths,
+    repeats_dead,
     sampled,
     table,
     top_one,
     withheld,
 )
-from helpers_exact import Branch, Prefix, Table, TableRows, deviation, outcomes, round_law
+from helpers_exact import Branch, Child, Prefix, Table, TableRows, deviation, outcomes, round_law
 from helpers_rng import Unlucky
 
 EXACT = 1e-12
@@ -139,6 +141,19 @@ def test_trees_of_every_other_encoding(name: str, procedure) -> None:
     assert deviation(RULES[name], lazily(procedure(q)), p, 3) < EXACT
 
 
+@pytest.mark.parametrize("name", ["rejection", "specinfer", "spectr", "greedy-draft"])
+def test_siblings_of_two_drafters(name: str) -> None:
+    """Draws from two distributions, as a merge of two drafters hands them over."""
+    for seed in range(3):
+        p, one, two = (table((x, seed), 3) for x in "pqr")
+
+        def grow(branch: Branch, prefix: Prefix, level: int, one=one, two=two) -> list[Child]:
+            both = [iid(q, [1, 1])(branch, prefix, level) for q in (one, two)]
+            return repeats_dead([*both[0], *both[1]])
+
+        assert deviation(RULES[name], lazily(grow), p, 3) < EXACT
+
+
 @pytest.mark.parametrize("name", ["block", "multipath", "greedy-draft", "spectr"])
 def test_chains_that_mix_drawn_and_one_hot_tokens(name: str) -> None:
     p, q = table("p", 3), table("q", 3)
@@ -149,6 +164,27 @@ def test_chains_that_mix_drawn_and_one_hot_tokens(name: str) -> None:
             return (drawn if level % 2 == first else fixed)(branch, prefix, level)
 
         assert deviation(RULES[name], lazily(grow), p, 4) < EXACT
+
+
+def test_the_selected_chain_remembers_all_that_came_before() -> None:
+    """At the third token the better prefixes and the mass of two levels count."""
+    for seed in range(3):
+        p, q = table(("p", seed), 2), table(("q", seed), 2)
+        assert deviation(RULES["multipath"], lazily(paths(q, 2, 3)), p, 4) < EXACT
+
+
+@pytest.mark.parametrize("name", ["rejection", "specinfer", "spectr", "greedy-draft"])
+def test_a_one_hot_child_stands_where_it_is_what_the_target_says(name: str) -> None:
+    """Beside a draw that is refused it is as good a draft as any."""
+    q = torch.tensor([[0.0, 0.0, 1.0]])
+    tree = TokenTree.build([0], [2, 1, 0], [-1, -1, 1], qrow=[0, -1, -1], q=q)
+
+    def p(prefix: Prefix) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0, 0.0] if prefix else [0.0, 1.0, 0.0])
+
+    verdict = RULES[name](tree, TableRows(p, tree), SeqRng(0), 0)
+    assert verdict.path == [2, 3]
+    assert verdict.tokens == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["block", "multipath"])
@@ -239,13 +275,25 @@ def test_nothing_drafted_draws_from_the_target(name: str) -> None:
     assert law == {(x,): pytest.approx(float(p(())[x])) for x in range(3)}
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", RULES)
 def test_a_refusal_of_probability_zero_leaves_something_to_draw(name: str) -> None:
-    p = table("p", 3)
+    """p == q up to rounding: what is said then is something that the target may say."""
+    for kind in ("dense", "zeros", "point"):
+        p = table("p", 3, kind)
+        grows = [sampled(p, [1]), sampled(p, [1, 1])]
+        if name in TREES:
+            grows += [paths(p, 2, 1), top_one(p, [2])]
+        for grow in grows:
+            tree = lazily(grow)(Branch([]), ())
+            verdict = RULES[name](tree, TableRows(p, tree), Unlucky(), 0)
+            at = tuple(verdict.tokens[:-1])
+            assert p(at)[verdict.tokens[-1]] > 0
 
-    for grow in (sampled(p, [1]), paths(p, 2, 1), top_one(p, [2])):
-        tree = lazily(grow)(Branch([]), ())
-        assert len(RULES[name](tree, TableRows(p, tree), Unlucky(), 0).tokens) >= 1
+
+def test_a_draft_that_q_says_is_impossible_is_refused_by_block() -> None:
+    """Rounding may leave nothing of a small q: the prefix is worth nothing, and no error."""
+    p, q = torch.full((3, 4), 0.25), torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4])
+    assert block_chances(p, q, [2, 1]) == ([1.0, 0.0, 0.0], [0.0, 0.0])
 
 
 class Keys:
@@ -266,7 +314,14 @@ class Keys:
 @pytest.mark.parametrize("name", RULES)
 def test_no_number_is_used_twice_in_rounds_that_follow_one_another(name: str) -> None:
     p, q = table("p", 4), table("q", 4)
-    grow = paths(q, 3, 3) if name in ("multipath", "spectr") else sampled(q, [1, 1, 1])
+    grow = {
+        "rejection": sampled(q, [3, 2, 1]),
+        "specinfer": iid(q, [3, 2, 1]),
+        "spectr": paths(q, 3, 3),
+        "greedy-draft": independent(q, [2, 2, 1]),  # several drawn: not its own, but lawful
+        "block": sampled(q, [1, 1, 1]),
+        "multipath": paths(q, 3, 3),
+    }[name]
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         rng = Keys(torch.rand(97, generator=generator).tolist())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from foretell.core.batch import PackedBatch, Segment, segment_of
 from foretell.core.tree import TokenTree
+from foretell.models.cache.contiguous import ContiguousCache, ContiguousTxn
 from foretell.models.native.arch import Arch, LayerArch
 from foretell.models.native.runner import NativeModel
 
@@ -200,3 +201,59 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
         cache.kv[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(AssertionError, match="finite"):
         cache.check()
+
+
+def with_rows(n: int) -> ContiguousCache:
+    """A cache of n rows, in as much memory as they need."""
+    cache = ContiguousCache((1, 1, 2), torch.float32, torch.device("cpu"), n)
+    with ContiguousTxn([cache]) as txn:
+        with torch.inference_mode():
+            cache.kv[:, :n] = torch.arange(n)[None, :, None, None, None]
+        txn.advance(PackedBatch([chain([0] * n)]))
+        txn.commit([range(n)])
+    return cache
+
+
+def test_growth_makes_the_room_that_is_asked_for_and_no_more_than_half_again() -> None:
+    cache = with_rows(5)
+    for rows in (6, 64, 65, 97, 98, 1000, 1001):
+        had = cache.capacity
+        cache.ensure(rows)
+        assert rows <= cache.capacity <= max(rows, had, had * 3 // 2, 64)
+        assert cache.kv[0, :5, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_copy_makes_room_for_itself_and_needs_an_empty_cache_and_rows_that_exist() -> None:
+    source, copy = with_rows(100), ContiguousCache((1, 1, 2), torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="rows that exist"):
+        copy.copy_prefix(source, 101)
+    with ContiguousTxn([copy]), pytest.raises(RuntimeError, match="open transaction"):
+        copy.copy_prefix(source, 3)
+    copy.copy_prefix(source, 90)
+    copy.check()
+    assert (copy.n, copy.kv[0, :90, 0, 0, 0].tolist()) == (90, list(range(90)))
+    with pytest.raises(ValueError, match="empty cache"):
+        copy.copy_prefix(source, 95)
+    assert copy.n == 90
+
+
+def test_check_finds_what_is_broken() -> None:
+    cache = with_rows(4)
+    cache.check()
+    txn = ContiguousTxn([cache])
+    with pytest.raises(AssertionError, match="transaction is open"):
+        cache.check()
+    txn.__exit__()
+    for name, value, match in (
+        ("used", 3, "scratch rows"),
+        ("n", 5, "more rows than room"),
+        ("positions", np.array([0, 2, 1, 3]), "do not increase"),
+        ("positions", np.array([0, 1, 1, 3]), "do not increase"),
+        ("positions", np.arange(5), "differ in number"),
+    ):
+        right = getattr(cache, name)
+        setattr(cache, name, value)
+        with pytest.raises(AssertionError, match=match):
+            cache.check()
+        setattr(cache, name, right)
+    cache.check()

@@ -16,12 +16,10 @@ from foretell.cli.main import main
 from foretell.core.protocols import Budget, BuildContext, Draw, SeqView
 from foretell.core.rng import SeqRng
 from foretell.drafters.retrieval import Retrieval
-from foretell.drafters.tables.datastore import (
-    Datastore,
-    StoreWriter,
-    heaviest_prefixes,
-    suffix_order,
-)
+from foretell.drafters.tables.datastore.prefixes import heaviest_prefixes
+from foretell.drafters.tables.datastore.reader import Datastore
+from foretell.drafters.tables.datastore.suffixes import suffix_order
+from foretell.drafters.tables.datastore.writer import StoreWriter
 from helpers_model import TableModel
 
 FULL = Budget(1 << 30, 1 << 30)
@@ -268,7 +266,7 @@ def test_the_command_builds_what_the_bundled_model_reads(tmp_path, capsys) -> No
     assert store.header["sources"] == ["a.txt", "b.jsonl.gz"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.jsonl.gz", "store"]
 
-    from foretell.engine.llm import bundled_model
+    from foretell.models.load import bundled_model
     from foretell.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(bundled_model())

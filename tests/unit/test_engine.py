@@ -9,7 +9,7 @@ from foretell import LLM, InputError, SamplingParams
 from foretell.core.protocols import Caps, Needs, Promise
 from foretell.core.tree import TokenTree
 from foretell.drafters.none import NoDrafter
-from foretell.engine.llm import default_rows
+from foretell.engine.memory import default_rows
 from foretell.engine.metrics import Stats
 from helpers_model import Letters, TableModel, pair
 

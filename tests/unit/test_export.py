@@ -148,7 +148,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 def test_llama_cpp_runs_quantised_files(dtype: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     llama_cpp = pytest.importorskip("llama_cpp")
-    from foretell.engine.llm import bundled_model
+    from foretell.models.load import bundled_model
 
     folder = bundled_model()
     out = writer.export_gguf(folder, tmp_path / "m.gguf", dtype)
@@ -212,7 +212,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 
 def test_vocabulary_of_the_bundled_model() -> None:
-    from foretell.engine.llm import bundled_model
+    from foretell.models.load import bundled_model
 
     v = read_vocabulary(bundled_model(), 4100)
     assert (v.kind, v.pre, v.add_bos) == ("gpt2", "qwen2", False)
@@ -321,16 +321,16 @@ def test_genai_runs_all_three_modes(dtype: str, tmp_path: Path) -> None:
     genai = pytest.importorskip("openvino_genai")
     if dtype != "f16":
         pytest.importorskip("nncf")
-    from foretell.engine.llm import bundled_model
+    from foretell.models.load import bundled_model
 
     folder = bundled_model()
     main_ = str(ir.export_openvino(folder, tmp_path / "main", dtype))
     draft = str(ir.export_openvino(folder / "draft", tmp_path / "draft", dtype))
     ids = Tokenizer.load(folder).encode("def add(a, b):\n    return a + b\n\ndef sub(a, b):\n")
     model = NativeModel.load(folder, torch.float32)
-    from foretell.lab.widen_run import _greedy
+    from foretell.lab.widen.compare import greedy
 
-    want = _greedy(model, ids, 24)
+    want = greedy(model, ids, 24)
     row = np.asarray([ids], np.int64)
     inputs = genai.TokenizedInputs(genai.openvino.Tensor(row), genai.openvino.Tensor(row * 0 + 1))
     few = {"INFERENCE_NUM_THREADS": 1}

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from foretell import InputError
-from foretell.control.length.allocate import allocate, promise
-from foretell.control.length.estimates import Habits, Line, Record, Written, widths
-from foretell.control.length.goodput import Goodput
+from foretell.control.length.goodput.allocate import allocate, promise
+from foretell.control.length.goodput.fits import Line
+from foretell.control.length.goodput.habits import Habits, widths
+from foretell.control.length.goodput.policy import Goodput
+from foretell.control.length.goodput.records import Record
+from foretell.control.length.goodput.written import Written
 from foretell.core.feedback import Verdict
 from foretell.core.params import SamplingParams
 from foretell.core.protocols import Budget, BuildContext, Load, SeqView, Timings
@@ -283,7 +286,7 @@ def test_costs_that_the_user_wrote() -> None:
     cost = Written([10, 10, 14])
     assert [cost.seconds(n) for n in (1, 2, 3, 4, 6)] == [10, 10, 12, 14, 18]
     policy = Goodput.build(None, target="10/10/10/12/14", draft=0.5)
-    assert policy.cost is not None
+    assert isinstance(policy, Goodput)
     for wrong in ("10/x", "0/1", "-3"):
         with pytest.raises(InputError, match="positive"):
             Goodput.build(None, target=wrong)

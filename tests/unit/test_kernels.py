@@ -15,6 +15,7 @@ import torch
 from foretell.core.errors import InputError
 from foretell.core.places import cache_folder
 from foretell.core.rng import Purpose, SeqRng
+from foretell.core.rows import topk_rows
 from foretell.models import kernels
 from foretell.models.kernels import build
 from foretell.models.kernels.library import Library, Packed
@@ -400,6 +401,73 @@ def test_a_race_needs_numbers(lib: Library) -> None:
     assert lib.race(torch.zeros(200)[::2], 1.0, 5) == -1
     for temperature in (0.0, -1.0, float("nan")):
         assert lib.race(torch.zeros(100), temperature, 5) == -1
+
+
+# -- ranking
+
+
+def ranked(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest by a stable sort; a NaN is smaller than anything."""
+    low = torch.where(x.isnan(), torch.full_like(x, float("-inf")), x)
+    by_value = low.sort(dim=-1, descending=True, stable=True).indices
+    is_nan = x.gather(-1, by_value).isnan().int()
+    order = by_value.gather(-1, is_nan.sort(dim=-1, stable=True).indices)[:, :k]
+    return x.gather(-1, order).numpy(), order.numpy()
+
+
+def hard_rows(vocab: int) -> torch.Tensor:
+    """Random, rising, falling, constant, of few values, with infinities, and with NaN."""
+    x = rows_of(9, vocab, vocab)
+    x[1], x[2], x[3] = torch.arange(vocab), -torch.arange(vocab), 0.5
+    x[4:6] = (x[4:6] * 3).round()  # zeros of both signs among them
+    x[5, vocab // 2 :] = float("inf")
+    x[6, vocab // 3 :] = float("-inf")
+    x[7, ::2], x[8] = float("nan"), float("nan")
+    x[7, 1::4] = float("-inf")
+    return x
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 16, 255, 256, 257, 1000, 4099, 32000, 65536 + 300])
+def test_topk_is_what_a_sort_finds(libraries: list[Library], vocab: int) -> None:
+    """On every instruction set: ties to the lower column, rows of all shapes."""
+    x = hard_rows(vocab)
+    for k in (1, 2, 8, 16, 33, 128):
+        k = min(k, vocab)
+        values, columns = ranked(x, k)
+        for lib in libraries:
+            found = lib.topk(x, k)
+            assert found is not None
+            assert (found[1] == columns).all(), (lib.isa, k)
+            assert (found[0].view("i4") == values.view("i4")).all(), (lib.isa, k)
+            by_numpy = topk_rows(x, k)
+            assert (by_numpy[1] == columns).all()
+
+
+def test_topk_of_rows_of_a_larger_tensor(libraries: list[Library]) -> None:
+    whole = hard_rows(700)
+    part = whole[1:8, 13:613]
+    want = ranked(part, 8)
+    for lib in libraries:
+        for at in ([3], [6, 0, 2, 2], [], [*range(7)]):
+            got = lib.topk(part, 8, np.array(at, np.int64))
+            assert got is not None
+            assert (got[1] == want[1][at]).all()
+            assert (got[0].view("i4") == want[0][at].view("i4")).all()
+            quick = topk_rows(part, 8, np.array(at, np.int64), lib.topk)
+            assert (quick[1] == want[1][at]).all()
+
+
+def test_topk_leaves_to_others_what_it_cannot(lib: Library) -> None:
+    x = rows_of(4, 300)
+    assert lib.topk(x, 129) is None
+    assert lib.topk(x, 301) is None
+    assert lib.topk(x, 0) is None
+    assert lib.topk(x.double(), 3) is None
+    assert lib.topk(x.t(), 3) is None
+    for wrong in (4, -1):
+        assert lib.topk(x, 3, np.array([0, wrong])) is None
+    assert (topk_rows(x, 200, None, lib.topk)[1] == ranked(x, 200)[1]).all()
+    assert (topk_rows(x.t(), 3, None, lib.topk)[1] == ranked(x.t().contiguous(), 3)[1]).all()
 
 
 @pytest.fixture

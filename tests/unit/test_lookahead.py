@@ -11,7 +11,8 @@ from foretell.core.feedback import Feedback, Rows, Verdict
 from foretell.core.protocols import Budget, SeqView
 from foretell.core.rng import SeqRng
 from foretell.core.tree import Kind, TokenTree
-from foretell.drafters.lookahead import Lookahead, Pool, prefix_tree, shifted
+from foretell.drafters.lookahead import Lookahead, shifted
+from foretell.drafters.tables.runs import Pool, prefix_tree
 from helpers_grammar import ToyGrammar
 from helpers_model import TableModel
 

@@ -60,6 +60,7 @@ def test_a_likely_token_stands_though_it_is_not_the_answer() -> None:
 def test_a_token_below_the_threshold_ends_the_unit_and_a_dead_one_never_stands() -> None:
     assert verdict(0.3, [1, 2, 2, 1], [-1, 0, 1, 2]).tokens == [1, 2, 1]
     assert verdict(0.3, [1, 2, 2, 1], [-1, 0, 1, 2]).checked == 3
+    assert verdict(0.25, [1, 3, 0], [-1, 0, 1]).tokens == [1, 3, 0, 1], "at least the threshold"
     tree = TokenTree.build([0], [2], [-1])
     tree.kind[1] = Kind.DEAD
     got = LexicalUnits(0.1)(tree, Given(tree, ROWS, True), SeqRng(0), 1)  # type: ignore[arg-type]

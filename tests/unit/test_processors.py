@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import helpers_reference as reference
 from foretell import InputError, SamplingParams
-from foretell.control.processors import ProcessedRows, Processors, filter_logits
+from foretell.control.filters import filter_logits
+from foretell.control.processed import ProcessedRows
+from foretell.control.processors import Processors
 from foretell.core.feedback import Rows
 from foretell.core.protocols import NodeMasks
 from foretell.core.tree import TokenTree

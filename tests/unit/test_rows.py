@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from foretell.core.feedback import Rows
 from foretell.core.rows import argmax_rows, topk_rows
 
 
@@ -76,3 +77,18 @@ def test_a_nan_is_no_candidate(vocab: int) -> None:
     assert columns[0] == [vocab - 1, vocab - 2, vocab - 3]
     assert columns[1] == [vocab - 1, vocab - 3, vocab - 4]
     assert argmax_rows(x) == [vocab - 1, vocab - 2]
+
+
+def test_the_largest_of_a_nodes_row() -> None:
+    """One node or several, rows in any order, none for some nodes."""
+    packed = torch.randn(5, 100)
+    packed[2, [7, 60]] = 9.0
+    rows = Rows(packed, np.array([-1, 3, 0, 2, 4]))
+    want = packed.argmax(-1).tolist()
+    assert want[2] == 7
+    for node in (1, 2, 3, 4):
+        assert rows.argmax([node]) == [want[rows.row[node]]]
+    assert rows.argmax([3, 1]) == [want[2], want[3]]
+    for missing in ([0], [1, 0]):
+        with pytest.raises(KeyError):
+            rows.argmax(missing)

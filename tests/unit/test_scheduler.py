@@ -30,7 +30,19 @@ def watched(llm: LLM) -> dict[str, Any]:
         assert len(batch.segments) > 0
 
     model.on_forward = forward
-    step, admit = llm.engine.step, scheduler.on_admit
+    step, admit, plan = llm.engine.step, scheduler.on_admit, scheduler.plan
+
+    def planned() -> list:
+        decoding = {id(s) for s in scheduler.running if s.pending == 1}
+        turns = plan()
+        others = [id(t.seq) not in decoding for t in turns]
+        assert others == sorted(others), "a prompt came before those who decode"
+        assert sum(t.feed for t in turns if t.seq.pending > 1) <= scheduler.step_rows
+        assert sum(t.feed for t in turns) <= scheduler.free, "what is planned does not fit"
+        assert all(t.feed > 0 for t in turns), "a turn for nothing"
+        assert all(t.decode == (t.feed == t.seq.pending) for t in turns)
+        assert all(t.seq.view.cached == t.seq.rows for t in turns)
+        return turns
 
     def checked() -> list:
         oldest = scheduler.running[0] if scheduler.running else None
@@ -51,6 +63,7 @@ def watched(llm: LLM) -> dict[str, Any]:
 
     llm.engine.step = checked
     scheduler.on_admit = admitted
+    scheduler.plan = planned
     return seen
 
 
@@ -133,6 +146,22 @@ def test_decoding_goes_on_while_prompts_are_filled() -> None:
     first = gaps[0]
     assert [b - a for a, b in itertools.pairwise(first)] == [1] * 19
     assert target.widest <= 4 + 2
+
+
+def test_decoding_takes_no_rows_from_prompts() -> None:
+    """Those who decode come on top of `step_rows`."""
+    llm = LLM(TableModel(), step_rows=4)
+    scheduler, fed = llm.engine.scheduler, []
+    plan = scheduler.plan
+
+    def noted() -> list:
+        turns = plan()
+        fed.append([t.feed for t in turns if t.seq.request == 1])
+        return turns
+
+    scheduler.plan = noted
+    llm.generate([[1, 2, 3], [i % 11 for i in range(21)]], max_tokens=20)
+    assert fed[:7] == [[1], [4], [4], [4], [4], [4], [1]]
 
 
 def rows_for(prompts: list[list[int]], **options: Any) -> tuple[TableModel, LLM]:

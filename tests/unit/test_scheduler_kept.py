@@ -67,6 +67,20 @@ def test_of_two_texts_that_continue_one_another_the_longer_is_kept() -> None:
     assert [len(k.tokens) for k in store] == [23, 21]
 
 
+def test_texts_that_part_at_the_last_id_are_two() -> None:
+    a, b = [*range(19), 5], [*range(19), 6, 7]
+    assert [k.tokens for k in kept(a, b)] == [a, b]
+    assert [k.tokens for k in kept(b, a)] == [b, a]
+
+
+def test_a_shorter_text_is_a_use_of_the_longer() -> None:
+    a, b = list(range(20)), list(range(50, 70))
+    store = kept(a, b, a[:16])
+    assert [k.tokens for k in store] == [b, a]
+    store.drop_oldest()
+    assert store.find(a, 20)[0] == 20
+
+
 def test_the_least_recently_used_goes_first_and_a_hit_counts_as_use() -> None:
     target = TableModel(max_positions=200)
     llm = LLM(target, kv_rows=100)

@@ -14,8 +14,9 @@ from foretell.core.protocols import Budget, BuildContext, Caps, Draw, SeqView
 from foretell.core.rng import SeqRng
 from foretell.drafters.del_exit import DynamicExit, Shadow, best_exit, tokens_per_layer
 from foretell.drafters.early_exit import EarlyExit
+from foretell.drafters.layer_search import Search, gaussian_process
 from foretell.drafters.self_draft import FEW, run_some, stop_below
-from foretell.drafters.self_skip import Search, SelfSkip, agreement, gaussian_process
+from foretell.drafters.self_skip import SelfSkip, agreement
 from foretell.drafters.trees.drive import chain_segment
 from foretell.models.native.arch import Arch
 from foretell.models.native.runner import NativeModel

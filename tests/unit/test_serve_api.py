@@ -822,7 +822,7 @@ class FakeJob:
 
 
 def test_a_client_that_stops_reading_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foretell.serve.answer import Completion
+    from foretell.serve.answers.completion import Completion
     from foretell.serve.prepare import Ask
     from foretell.serve.schema import CompletionRequest
 
@@ -855,7 +855,7 @@ CALLED = 'Let me see.\n<tool_call>{"name": "f", "arguments": {"x": [1, "é"]}}</
 
 @pytest.mark.parametrize(("text", "calls"), [(CALLED, 1), (CALLED * 2, 2), ("no <tool_call>", 0)])
 def test_calls_in_chat_answers(llm: LLM, text: str, calls: int) -> None:
-    from foretell.serve.answer import Chat
+    from foretell.serve.answers.chat import Chat
     from foretell.serve.prepare import Ask
     from foretell.serve.schema import ChatRequest
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from foretell.cli import serve as cli
 from foretell.cli.main import main
+from foretell.cli.serve_options import ServeOptions
 from foretell.core.errors import InputError
 from foretell.serve.build import ServeConfig, build, load, own_name
 from foretell.serve.server import bind, url
@@ -135,15 +135,15 @@ def test_connections_whose_client_is_gone_do_not_stay() -> None:
 
 def test_keys_come_from_flags_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORETELL_API_KEY", "env1, env2,,flag")
-    config = cli.ServeOptions(api_key=["flag", "other"]).config()
+    config = ServeOptions(api_key=["flag", "other"]).config()
     assert config.api_keys == ("flag", "other", "env1", "env2")
     assert "env1" not in repr(config)
     monkeypatch.delenv("FORETELL_API_KEY")
-    assert cli.ServeOptions().config().api_keys == ()
+    assert ServeOptions().config().api_keys == ()
 
 
 def test_options_are_plain_data() -> None:
-    config = cli.ServeOptions(served_model_name=["a", "b"], offer=["suffix"]).config()
+    config = ServeOptions(served_model_name=["a", "b"], offer=["suffix"]).config()
     assert pickle.loads(pickle.dumps(config)) == config
     assert config.served_names == ("a", "b")
     assert config.policy == "goodput"

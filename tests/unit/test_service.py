@@ -51,7 +51,7 @@ async def settled(service: Service) -> None:
     """Wait until the engine's thread has taken every command and sleeps."""
     for _ in range(500):
         s = service.snapshot()
-        if not s.running and not s.waiting and not service._commands:
+        if not s.running and not s.waiting and not service.worker.commands:
             return
         await asyncio.sleep(0.005)
     raise AssertionError(f"still busy: {service.snapshot()}")
@@ -131,8 +131,8 @@ class TestAnswers:
         async def body() -> None:
             async with serving(llm) as service:
                 calls = []
-                deliver = service._deliver
-                service._deliver = lambda batch, over: (  # type: ignore
+                deliver = service.worker.deliver
+                service.worker.deliver = lambda batch, over: (  # type: ignore
                     calls.append(len(batch)),
                     deliver(batch, over),
                 )
@@ -183,9 +183,9 @@ class TestEndingEarly:
                 snap = service.snapshot()
                 assert (snap.running, snap.waiting, snap.kv_used) == (0, 0, 0)
                 assert snap.requests_total["cancelled"] == 5
-                assert service._jobs == {}
-                assert not service._alive
-                assert not service._queued
+                assert service.worker.jobs == {}
+                assert not service.alive
+                assert not service.worker.queued
                 target.on_forward = lambda batch, txn: None
                 again = await service.submit(PROMPT, SamplingParams(max_tokens=9)).output()
                 assert again.token_ids == reference.decode(
@@ -229,8 +229,8 @@ class TestEndingEarly:
                 snap = service.snapshot()
                 assert (snap.running, snap.waiting, snap.kv_used) == (0, 0, 0)
                 assert snap.kv_kept <= 300
-                assert service._jobs == {}
-                assert not service._alive
+                assert service.worker.jobs == {}
+                assert not service.alive
                 assert not [s for k in llm.engine.scheduler.kept for s in [k] if s.cache.open]  # type: ignore[attr-defined]
 
         run(body)
@@ -381,8 +381,8 @@ class TestFailures:
                     service.submit(PROMPT, SamplingParams(), Speculation(drafter="suffx"))
                 with pytest.raises(InputError, match="not allowed"):
                     service.submit(PROMPT, SamplingParams(), Speculation(promise="lossy"))
-                assert not service._queued
-                assert not service._alive
+                assert not service.worker.queued
+                assert not service.alive
 
         run(body)
 
@@ -637,6 +637,6 @@ class TestGrowingPrompts:
     async def ready(self, service: Service, stream: Any) -> None:
         for _ in range(200):
             await asyncio.sleep(0.002)
-            if stream.rows == max(0, len(stream.tokens) - 1) and not service._commands:
+            if stream.rows == max(0, len(stream.tokens) - 1) and not service.worker.commands:
                 return
         raise AssertionError(f"{stream.rows} of {len(stream.tokens)}")

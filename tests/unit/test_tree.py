@@ -138,3 +138,24 @@ def test_validate_finds_broken_trees(change, match: str) -> None:
     change(tree)
     with pytest.raises(ValueError, match=match):
         tree.validate(VOCAB)
+
+
+@given(trees(), st.booleans())
+def test_growing_is_building(tree: TokenTree, scored: bool) -> None:
+    """`grown` makes of lists or arrays the tree that `build` makes."""
+    c = tree.n_context
+    context, tokens = tree.tokens[:c].tolist(), tree.tokens[c:].tolist()
+    parents, levels = tree.parent[c:] - c, tree.depth[c:] - (c - 1)
+    scores = np.linspace(1.0, 0.5, len(tokens)) if scored else None
+    want = TokenTree.build(context, tokens, parents.tolist(), score=scores)
+    for got in (
+        TokenTree.grown(context, tree.tokens[c:], parents, levels, scores),
+        TokenTree.grown(context, tokens, parents.tolist(), levels.tolist(), scores),
+    ):
+        for name in ("tokens", "parent", "kind", "depth"):
+            a, b = getattr(got, name), getattr(want, name)
+            assert a.dtype == b.dtype
+            assert (a == b).all()
+        assert got.n_context == c
+        assert (got.score is None) == (want.score is None)
+        assert got.score is None or (got.score == want.score).all()

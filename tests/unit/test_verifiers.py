@@ -28,7 +28,7 @@ from foretell.verify.spectr import SpecTr, k_seq
 from foretell.verify.typical import Typical, typical_threshold
 from helpers_drafts import Grow, iid, lazily, paths, sampled, table, top_one
 from helpers_exact import Child, Prefix, Table, TableRows, outcomes
-from helpers_model import pair
+from helpers_model import Letters, pair
 
 DRAWN = {  # rule -> (itself, how its k children are drawn)
     "rejection": (Rejection(), lambda q, k: sampled(q, [k])),
@@ -253,6 +253,10 @@ class TestTypical:
         entropy = -(p * p.log()).sum(-1)
         want = [min(0.09, 0.3 * float(torch.exp(-h))) for h in entropy]
         assert typical_threshold(p, 0.09, 0.3).tolist() == pytest.approx(want)
+        wide = torch.full((1, 64), 1 / 64)  # exp(-H) = 1 / 64: here entropy decides
+        assert typical_threshold(wide, 0.09, 0.3).tolist() == pytest.approx([0.3 / 64])
+        assert Typical(epsilon=0.25).delta == 0.5
+        assert Typical(epsilon=0.25, delta=0.0).delta == 0.0
 
     def test_unlikely_tokens_pass_where_the_target_is_unsure_only(self) -> None:
         tree = TokenTree.build([0], [1, 2], [-1, 0])
@@ -279,6 +283,33 @@ class TestTypical:
         assert Typical(nucleus=0.8)(tree, Fixed([UNSURE] * 2), SeqRng(0), 1).path == [1]
         assert Typical(nucleus=0.7)(tree, Fixed([UNSURE] * 2), SeqRng(0), 1).path == []
         assert Typical(nucleus=0.8)(tree, Fixed([SURE] * 2), SeqRng(0), 1).path == []
+
+    def test_nothing_stands_below_what_does_not_pass(self) -> None:
+        """And the bonus token is drawn with the noise of its own position."""
+        likely = [0.0, 0.05, 0.95]
+        tree = TokenTree.chain([0], [2, 2, 1, 2])
+        noise = []
+
+        class Note(Never):
+            def pick(self, p: torch.Tensor, position: int) -> int:
+                noise.append(position)
+                return super().pick(p, position)
+
+        rows = [likely, likely, [0.9, 0.05, 0.05], likely, likely]
+        verdict = Typical()(tree, Fixed(rows), Note(), 7)
+        assert (verdict.path, verdict.tokens, verdict.checked) == ([1, 2], [2, 2, 0], 3)
+        assert noise == [9]
+
+    def test_a_whole_nucleus_does_not_hold_what_cannot_be(self) -> None:
+        """The rest may fall short of 1 by rounding."""
+        short = [0.5, 0.49999, 0.0]
+        tree = TokenTree.build([0], [2], [-1])
+        assert Typical(nucleus=1.0)(tree, Fixed([short] * 2), SeqRng(0), 1).path == []
+
+    def test_of_equally_long_paths_the_whole_counts_not_the_last_token(self) -> None:
+        tree = TokenTree.build([0], [0, 1, 0, 0], [-1, -1, 0, 1])
+        rows = [[0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.3, 0.3, 0.4], UNSURE, UNSURE]
+        assert Typical()(tree, Fixed(rows), SeqRng(0), 1).path == [1, 3]
 
     def test_temperature_zero_takes_the_argmax(self) -> None:
         tree = TokenTree.build([0], [1, 0], [-1, -1])
@@ -327,6 +358,39 @@ class TestJudge:
         verdict = self.judge(bias=9.0)(self.tree, Fixed(banned, self.hidden), Never(), 1)
         assert verdict.path == []
 
+    def test_a_token_counts_by_what_its_parent_says(self) -> None:
+        rows = [[0.5, 0.3, 0.2], [0.9, 0.0, 0.1], UNSURE]
+        judge = self.judge(bias=9.0, floor=0.15)
+        assert judge(self.tree, Fixed(rows, self.hidden), Never(), 1).path == [1]
+
+    def test_ends_are_those_of_the_tokenizer(self, tmp_path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.ones(4)}, tmp_path / "head.safetensors")
+        context = pair()[1]
+        for tokenizer, strict in ((None, set()), (Letters("abcdefghijk", eos=3), {3})):
+            context.tokenizer = tokenizer
+            rule = Judge.build(context, str(tmp_path / "head.safetensors"))
+            assert rule.strict == strict
+
+    def test_what_is_dead_is_not_read_and_not_pardoned(self) -> None:
+        tree = TokenTree.chain([0], [1, 2])
+        tree.kill(np.array([False, True, False]))
+        rows = Fixed([UNSURE], ((0.0, 0.0),))  # nothing was computed for it
+        assert self.judge(bias=9.0)(tree, rows, Never(), 1).path == []
+
+    def test_siblings_are_refused_with_flips_of_their_own(self) -> None:
+        seen = []
+
+        class Note(Never):
+            def flip(self, p: float, w: float, position: int, index: int) -> bool:
+                seen.append((position, index))
+                return False
+
+        tree = TokenTree.build([0], [1, 2], [-1, -1])
+        self.judge(threshold=1.0)(tree, Fixed([UNSURE] * 3, self.hidden), Note(), 4)
+        assert seen == [(4, 0), (4, 1)]
+
     def test_temperature_zero_asks_the_head_where_the_argmax_differs(self) -> None:
         verdict = self.run(self.judge(), deterministic=True)
         assert verdict.tokens == [1, 0]
@@ -348,6 +412,10 @@ class TestJudge:
         save_file({"weight": torch.full((4,), float("nan"))}, path)
         with pytest.raises(InputError, match="finite"):
             load_head(path, 4)
+        for bias in (torch.tensor([float("inf")]), torch.zeros(2)):
+            save_file({"weight": torch.ones(4), "bias": bias}, path)
+            with pytest.raises(InputError, match="one finite 'bias'"):
+                load_head(path, 4)
         path.write_text("nonsense")
         with pytest.raises(InputError, match="not a safetensors file"):
             load_head(path, 4)
@@ -439,7 +507,7 @@ def test_lossless_rules_run_from_the_engine(verify: str) -> None:
         if draft == TREE and verify == "block":
             continue
         llm = engine(draft, verify)
-        assert str(llm.promise(SAMPLED)) == "lossless"
+        assert str(llm.rules.promise(SAMPLED)) == "lossless"
         out = llm.generate([PROMPT], SAMPLED)[0]
         assert len(out.token_ids) == 40
         if draft in (CHAIN, TREE):
@@ -453,7 +521,7 @@ def test_lossy_rules_are_refused_without_consent(verify) -> None:
     target, context = pair()
     with pytest.raises(InputError, match="allow-lossy"):
         LLM(target, draft=CHAIN, verify=verify, context=context)
-    assert str(engine(CHAIN, verify).promise(SAMPLED)) == "lossy"
+    assert str(engine(CHAIN, verify).rules.promise(SAMPLED)) == "lossy"
 
 
 def test_judge_with_threshold_one_is_rejection() -> None:

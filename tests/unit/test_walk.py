@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from foretell import LLM
+from foretell.core.feedback import Verdict
 from foretell.core.rng import Purpose, SeqRng
 from foretell.core.tree import TokenTree
 from foretell.verify.greedy import Greedy
+from foretell.verify.greedy_draft import GreedyDraft
 from foretell.verify.lexical_units import LexicalUnits
+from foretell.verify.rejection import Rejection
 from foretell.verify.replay import Replay
+from foretell.verify.walk import Settled, refuse_in_turn
 from helpers_model import pair
 
 VOCAB = 12
@@ -128,3 +133,84 @@ def test_models_race_where_nothing_but_temperature_applies(draft: str, options, 
     assert got.token_ids == want.token_ids
     assert len(calls) == (40 if raced else 0)
     assert set(calls) <= {params["temperature"]}
+
+
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("rule", [Greedy(), Replay(), LexicalUnits(0.3)], ids=lambda r: r.name)
+def test_a_dead_node_never_stands(rule, host: bool) -> None:
+    """Not even for the very token that the target says: the sibling that lives does."""
+    for seed in range(10):
+        rows = Rows(seed, host, rule.name != "replay")
+        says = rule(TokenTree.context([7]), rows, SeqRng(5), 1).tokens[0]
+        tree = TokenTree.build([7], [says, says, 3], [-1, -1, 0])
+        tree.kill(np.array([False, True, False, False]))
+        verdict = rule(tree, rows, SeqRng(5), 1)
+        assert verdict.path == [2]
+        tree.kill(np.array([False, True, True, False]))
+        assert rule(tree, rows, SeqRng(5), 1) == Verdict([], [says], 1)
+
+
+def test_greedy_draft_says_a_token_whose_node_is_dead_but_does_not_go_on_below_it() -> None:
+    for seed in range(10):
+        says = GreedyDraft()(TokenTree.context([7]), Rows(seed, True), SeqRng(5), 1).tokens[0]
+        tree = TokenTree.build([7], [says, 3], [-1, 0])
+        tree.kill(np.array([False, True, False]))
+        assert GreedyDraft()(tree, Rows(seed, True), SeqRng(5), 1) == Verdict([], [says], 1)
+
+
+@pytest.mark.parametrize("qrow", [None, [0]])
+def test_accepting_what_is_forbidden_is_an_error_and_no_text(qrow) -> None:
+    """A row that does not exclude a DEAD node's token says that processors and masks disagree."""
+    q = None if qrow is None else torch.full((1, VOCAB), 1 / VOCAB)
+    tree = TokenTree.build([7], [4], [-1], qrow=qrow, q=q)
+    tree.kill(np.array([False, True]))
+
+    class Lucky(SeqRng):
+        def flip(self, p: float, w: float, position: int, index: int) -> bool:
+            return True
+
+    with pytest.raises(AssertionError, match="forbidden"):
+        Rejection()(tree, Rows(0, True), Lucky(0), 1)
+
+
+def never(node: int, left: float, q: float, here: int, index: int) -> bool:
+    return False
+
+
+class TestRefusals:
+    """`refuse_in_turn` where nothing can go on as usual."""
+
+    def test_the_targets_row_is_left_as_it_was(self) -> None:
+        """Whoever hands it over may still need it; it is also what a refusal of chance 0 leaves."""
+        for options in ({}, {"qrow": [0], "q": torch.tensor([[0.0, 1.0, 0.0]])}):
+            tree = TokenTree.build([7], [1], [-1], **options)
+            full = torch.tensor([0.0, 1.0, 0.0])
+            hit, rest = refuse_in_turn(tree, full, [1], 0, never)
+            assert hit == -1
+            assert full.tolist() == rest.tolist() == [0.0, 1.0, 0.0]
+
+    def test_a_row_that_is_used_up_takes_nothing_more(self) -> None:
+        tree = TokenTree.build([7], [1, 2], [-1, -1], qrow=[0, 0], q=torch.eye(3)[1:2])
+        rest = refuse_in_turn(tree, torch.tensor([0.0, 0.5, 0.5]), [1, 2], 0, never)[1]
+        assert rest.tolist() == [0.0, 0.0, 1.0]
+
+    def test_rows_of_another_precision_are_read_in_the_targets(self) -> None:
+        p = torch.tensor([0.5, 0.25, 0.25])
+        for dtype in (torch.bfloat16, torch.float64):
+            tree = TokenTree.build([7], [0], [-1], qrow=[0], q=torch.eye(3, dtype=dtype)[:1])
+            rest = refuse_in_turn(tree, p, [1], 0, never)[1]
+            assert rest.dtype == torch.float32
+            assert rest.tolist() == [0.0, 0.5, 0.5]
+
+
+def test_settled_rows_are_certain_at_temperature_zero_only() -> None:
+    for greedy in (True, False):
+        rows = Rows(3, True, greedy)
+        settled = Settled(rows)
+        want = rows.probs([2, 4])
+        if greedy:
+            want = torch.nn.functional.one_hot(want.argmax(-1), VOCAB).float()
+        assert torch.equal(settled.probs([2, 4]), want)
+        assert (settled.raw(2) is None) == greedy
+        assert settled.greedy([2, 4]) == rows.greedy([2, 4])
+        assert (settled.host, settled.deterministic) == (True, greedy)

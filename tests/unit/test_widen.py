@@ -15,9 +15,11 @@ from foretell.cli.main import main
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.errors import InputError
 from foretell.lab.export.parts import Parts, weight_files, weights_sha256
-from foretell.lab.widen import QUIET, Widener
-from foretell.lab.widen_run import Comparison, Settings, compare, save_sharded, widen
-from foretell.lab.widen_shape import Shape, choose_shape, parse_count, short, wider
+from foretell.lab.widen.compare import Comparison, compare
+from foretell.lab.widen.run import Settings, widen
+from foretell.lab.widen.shape import Shape, choose_shape, parse_count, short, wider
+from foretell.lab.widen.widener import QUIET, Widener
+from foretell.lab.widen.write import save_sharded
 from foretell.models.native.arch import Arch
 from foretell.models.native.families import describe
 from foretell.models.native.runner import NativeModel
@@ -145,7 +147,7 @@ def fake_quantised(folder: Path, ids: list[int], bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantisation_costs_a_widened_model_no_more(bits: int, tmp_path: Path) -> None:
-    from foretell.engine.llm import bundled_model
+    from foretell.models.load import bundled_model
     from foretell.models.text.tokenizer import Tokenizer
 
     folder = bundled_model()
@@ -288,8 +290,7 @@ def test_narrower_dtypes_are_compared_with_the_rounded_original(tmp_path: Path) 
     big = Parts(tmp_path / "big")
     assert big.matrix("up", 0).dtype == torch.bfloat16
     assert big.norm("mlp_norm", 0).dtype == torch.float32  # sqrt(32 / 80) does not fit
-    result = compare(small, tmp_path / "big", torch.float32, settings, silent)
-    assert result is not None
+    result = compare(small, tmp_path / "big", torch.float32, settings.prompts, 8, silent)
     assert result.logit_difference > 1e-3  # the rounding, seen from the float32 original
 
 
@@ -315,7 +316,7 @@ def test_a_comparison_fails_on_tokens_or_on_logits() -> None:
 
 
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foretell.lab.widen_run.SHARD", 400)
+    monkeypatch.setattr("foretell.lab.widen.write.SHARD", 400)
     tensors = {f"t{i}": torch.full((50,), float(i)) for i in range(5)}
     save_sharded(iter(tensors.items()), tmp_path)
     assert len(weight_files(tmp_path)) == 3

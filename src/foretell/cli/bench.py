@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from foretell.cli.common import dumps, note, stage, threads_for
-from foretell.cli.options import Config
+from foretell.cli.config import Config
 from foretell.core.errors import InputError
 
 app = typer.Typer(add_completion=False)

@@ -10,7 +10,9 @@ import typer
 
 from foretell.cli import prompts, show
 from foretell.cli.common import load_llm, note
-from foretell.cli.options import Config, ModelOptions, SamplingOptions, command
+from foretell.cli.config import Config
+from foretell.cli.groups import command
+from foretell.cli.options import ModelOptions, SamplingOptions
 from foretell.core.errors import InputError
 from foretell.core.registry import suggest
 

@@ -11,8 +11,10 @@ import typer
 
 from foretell.cli import prompts
 from foretell.cli.common import dumps, load_llm, progress
+from foretell.cli.config import Config
 from foretell.cli.generate import prompt_ids
-from foretell.cli.options import Config, ModelOptions, command
+from foretell.cli.groups import command
+from foretell.cli.options import ModelOptions
 from foretell.core.errors import InputError
 
 if TYPE_CHECKING:

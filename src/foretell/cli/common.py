@@ -68,7 +68,7 @@ def threads_for(model: str | None) -> int | None:
     if "OMP_NUM_THREADS" in os.environ:
         return None
     if model is None:
-        from foretell.engine.llm import bundled_model
+        from foretell.models.load import bundled_model
 
         folder = bundled_model()
     else:

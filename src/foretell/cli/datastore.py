@@ -19,7 +19,7 @@ from foretell.core.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from foretell.drafters.tables.datastore import StoreWriter
+    from foretell.drafters.tables.datastore.writer import StoreWriter
     from foretell.models.text.tokenizer import Tokenizer
 
 app = typer.Typer(add_completion=False)
@@ -59,12 +59,11 @@ def build_datastore(
     if out.exists() and any(path.samefile(out) for path in inputs):
         raise InputError(f"--out {out} is one of the inputs: name another file.")
 
-    from foretell.drafters.tables.datastore import StoreWriter
-    from foretell.engine.llm import bundled_model
+    from foretell.drafters.tables.datastore.writer import StoreWriter
     from foretell.models.load import find_checkpoint
     from foretell.models.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(find_checkpoint(bundled_model() if model is None else model))
+    tokenizer = Tokenizer.load(find_checkpoint(model))
     facts = {
         "tokenizer": tokenizer.fingerprint,
         "model": tokenizer.name,

@@ -12,7 +12,9 @@ import typer
 
 from foretell.cli import show
 from foretell.cli.common import dumps, load_llm, progress
-from foretell.cli.options import Config, ModelOptions, command
+from foretell.cli.config import Config
+from foretell.cli.groups import command
+from foretell.cli.options import ModelOptions
 from foretell.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def demo(
     llm = load_llm(model, quiet)
     with progress("decoding", 2 * len(PROMPTS) * (rounds + 1), quiet) as advance:
         pairs = run(llm, params, rounds, advance)
-    promise = str(llm.promise(params))
+    promise = str(llm.rules.promise(params))
     identical = all(p.identical for p in pairs)
     if json:
         print(dumps(_summary(llm, pairs, promise)), flush=True)

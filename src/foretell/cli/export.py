@@ -46,13 +46,12 @@ def export(
         raise InputError(f"--out {out} is a directory: name a file such as {out / 'model.gguf'}.")
     dtype = dtype or _DEFAULTS[to]
 
-    from foretell.engine.llm import bundled_model
     from foretell.lab.export.gguf import export_gguf
     from foretell.lab.export.openvino import export_openvino
     from foretell.models.load import find_checkpoint
 
     write: Callable[..., Path] = {"gguf": export_gguf, "openvino": export_openvino}[to]
-    folder = bundled_model() if model is None else find_checkpoint(model)
+    folder = find_checkpoint(model)
     jobs = {"model": (folder, out)}
     if draft and (folder / "draft" / "config.json").is_file():
         beside = out / "draft" if to == "openvino" else out.with_name(f"{out.stem}-draft.gguf")

@@ -12,7 +12,9 @@ import typer
 
 from foretell.cli import prompts, show
 from foretell.cli.common import check_writable, dumps, load_llm, note, progress, write_atomically
-from foretell.cli.options import Config, ModelOptions, SamplingOptions, command
+from foretell.cli.config import Config
+from foretell.cli.groups import command
+from foretell.cli.options import ModelOptions, SamplingOptions
 from foretell.cli.prompts import Item
 from foretell.core.errors import InputError
 

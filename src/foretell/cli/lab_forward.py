@@ -94,7 +94,6 @@ def _counts(text: str) -> list[int]:
 def _load(
     model: str | None, shape: str | None, dtype: str, device: str, quiet: bool
 ) -> TargetModel:
-    from foretell.engine.llm import bundled_model
     from foretell.lab.forward import parse_shape
     from foretell.models.load import load_model, random_model
 
@@ -105,4 +104,4 @@ def _load(
 
         if shape is not None:
             return random_model(parse_shape(shape), dtype=dtype, device=device, progress=tell)
-        return load_model(model or bundled_model(), dtype=dtype, device=device, progress=tell)
+        return load_model(model, dtype=dtype, device=device, progress=tell)

@@ -70,13 +70,12 @@ def quality(
         raise InputError("--dtypes names no format: try int8,int4.")
     import torch
 
-    from foretell.engine.llm import bundled_model
     from foretell.lab.quality import held_out, measure, whole
     from foretell.models.load import find_checkpoint
 
     if threads is not None:
         torch.set_num_threads(threads)
-    folder = find_checkpoint(bundled_model() if model is None else model)
+    folder = find_checkpoint(model)
     texts = [whole(path) for path in text or []]
     texts += [held_out(name, path) for name, path in files.items()]
     if stdlib or (stdlib is None and not texts):

@@ -1,23 +1,15 @@
-"""The options that commands share, declared once.
-
-A group is a dataclass whose fields carry typer metadata. A command takes whole groups as
-parameters, and `command` spells them out for typer and puts them together again.
-"""
+"""The options that commands share, declared once, in groups (`groups.py`)."""
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foretell.core.errors import InputError
-from foretell.core.registry import check_specs, suggest
+from foretell.core.registry import check_specs
 
 if TYPE_CHECKING:
     from foretell.core.params import SamplingParams
@@ -197,91 +189,3 @@ def _biases(entries: list[str]) -> dict[int, float]:
         except ValueError:
             raise InputError(f"--logit-bias '{entry}' is not of the form ID=V.") from None
     return biases
-
-
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Spell out, for typer, the parameters of `function` whose type is a group of options."""
-    signature = inspect.signature(function, eval_str=True)
-    groups: dict[str, type] = {}
-    spelled: list[inspect.Parameter] = []
-    for p in signature.parameters.values():
-        if not is_dataclass(p.annotation):
-            spelled.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        groups[p.name] = p.annotation  # type: ignore[assignment]
-        hints = get_type_hints(p.annotation, include_extras=True)
-        spelled += [
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=_default(f),
-                annotation=hints[f.name],
-            )
-            for f in fields(p.annotation)
-        ]
-
-    def run(**values: Any) -> Any:
-        for name, group in groups.items():
-            taken = {f.name: values.pop(f.name) for f in fields(group)}
-            values[name] = group(**taken)
-        return function(**values)
-
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = inspect.Signature(spelled)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in spelled}
-    return run
-
-
-def _default(f: Field[Any]) -> Any:
-    return inspect.Parameter.empty if f.default is MISSING else f.default
-
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's values the defaults of this call."""
-    if path is None or context.resilient_parsing:
-        return path
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as e:
-        raise InputError(f"The config file {path} cannot be read ({e.strerror}).") from None
-    except ValueError as e:
-        raise InputError(f"The config file {path} is no JSON ({e}).") from None
-    if not isinstance(values, dict):
-        raise InputError(f"The config file {path} holds no JSON object.")
-    here = {p.name for p in context.command.params}
-    shared = {f.name for group in (ModelOptions, SamplingOptions) for f in fields(group)}
-    known = (here | shared) - {"config", "help"}
-    values.pop("tuned", None)  # what `foretell tune` measured, for people
-    defaults = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise InputError(f"{path}: there is no option '{key}', {suggest(name, known)}")
-        if value is not None and name in here:  # another command's options are for that command
-            defaults[name] = _words(name, value)
-    context.default_map = {**(context.default_map or {}), **defaults}
-    return path
-
-
-def _words(name: str, value: Any) -> Any:
-    """JSON -> what would stand on the command line."""
-    if name == "logit_bias" and isinstance(value, dict):
-        return [f"{k}={v}" for k, v in value.items()]
-    if name == "allowed_ids" and isinstance(value, list):
-        return ",".join(map(str, value))
-    if isinstance(value, list):
-        return [_words("", v) for v in value]
-    if isinstance(value, bool):
-        return value
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="JSON object of option defaults.",
-        is_eager=True,
-        callback=_read_config,
-    ),
-]

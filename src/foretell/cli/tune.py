@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.common import check_writable, dumps, load_llm, status, write_atomically
-from foretell.cli.options import ModelOptions, command
+from foretell.cli.groups import command
+from foretell.cli.options import ModelOptions
 from foretell.core.errors import InputError
 
 if TYPE_CHECKING:

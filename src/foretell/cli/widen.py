@@ -49,18 +49,17 @@ def widen(
     For measuring speed with a model that is at hand: width, heads, MLP and layers are added such
     that the output stays as it is, in any runtime. The result is labelled in its config.json.
     """
-    from foretell.lab.widen_shape import Shape, parse_count
+    from foretell.lab.widen.shape import Shape, parse_count
 
     count = None if params is None else parse_count(params)
     draft_count = None if draft_params is None else parse_count(draft_params)
     wish = Shape(hidden or 0, layers or 0, heads or 0, kv_heads or 0, ffn or 0)
 
-    from foretell.engine.llm import bundled_model
-    from foretell.lab.widen_run import Settings, plan
-    from foretell.lab.widen_run import widen as run
+    from foretell.lab.widen.run import Settings, plan
+    from foretell.lab.widen.run import widen as run
     from foretell.models.load import find_checkpoint
 
-    folder = bundled_model() if model is None else find_checkpoint(model)
+    folder = find_checkpoint(model)
     settings = Settings(count, wish, draft_count, dtype, check, prompts, max_tokens, seed)
     _, words = plan(folder, settings)
     note(words, quiet)

@@ -6,21 +6,14 @@ tree, so speculation sees the same distributions. The order is that of `Sampling
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from foretell.core.batch import Tap
+from foretell.control.filters import NEG, filter_logits
 from foretell.core.errors import InputError
-from foretell.core.feedback import Rows
 from foretell.core.params import SamplingParams
-from foretell.core.protocols import NodeMasks
-from foretell.core.rows import argmax_rows
-from foretell.core.tree import TokenTree
-
-NEG = float("-inf")
 
 
 class Processors:
@@ -140,77 +133,3 @@ class Processors:
             if n == 0 or tuple(tail[-n:]) == word[:-1]:
                 banned.append(word[-1])
         return banned
-
-
-def filter_logits(logits: Tensor, p: SamplingParams) -> Tensor:
-    """top-k, top-p, min-p, typical-p, each on what the one before it left; [k, V] -> [k, V]."""
-    if 0 < p.top_k < logits.shape[-1]:
-        kth = logits.topk(p.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, NEG)
-    if p.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        mass = ordered.softmax(-1)
-        drop = mass.cumsum(-1) - mass >= p.top_p  # keep the token that crosses the line
-        logits = logits.masked_fill(drop.scatter(-1, index, drop), NEG)
-    if p.min_p > 0:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < p.min_p * probs.amax(-1, keepdim=True), NEG)
-    if p.typical_p < 1:
-        logs = logits.log_softmax(-1)
-        probs = logs.exp()
-        entropy = -(probs * logs).nansum(-1, keepdim=True)
-        surprise = (-logs - entropy).abs()
-        ordered, index = surprise.sort(dim=-1, stable=True)
-        mass = probs.gather(-1, index)
-        drop = mass.cumsum(-1) - mass >= p.typical_p
-        logits = logits.masked_fill(drop.scatter(-1, index, drop), NEG)
-    return logits
-
-
-class ProcessedRows:
-    """The target's rows of one sequence, processed when a verifier asks (`TargetRows`)."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        tree: TokenTree,
-        processors: Processors,
-        masks: NodeMasks | None,
-        hidden: Mapping[Tap, Rows] = MappingProxyType({}),
-    ) -> None:
-        self.rows, self.tree, self.processors, self.masks = rows, tree, processors, masks
-        self.states = hidden
-        self.deterministic = processors.params.greedy
-        self.host = rows.packed.device.type == "cpu"
-
-    def greedy(self, nodes: Sequence[int]) -> list[int]:
-        logits = self.rows[nodes]
-        if self.processors.adjusts or self.masks is not None:
-            logits = self.processors.legal(logits, self._paths(nodes), self._mask(nodes, logits))
-        return argmax_rows(logits)
-
-    def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
-        logits = self.rows[nodes if read is None else read]
-        return self.processors.probs(logits, self._paths(nodes), self._mask(nodes, logits))
-
-    def raw(self, node: int) -> tuple[Tensor, float] | None:
-        if self.masks is not None or not self.processors.plain:
-            return None
-        return self.rows[node], self.processors.params.temperature or 1.0
-
-    def hidden(self, tap: Tap, nodes: Sequence[int]) -> Tensor:
-        return self.states[tap][nodes]
-
-    def _paths(self, nodes: Sequence[int]) -> list[list[int]]:
-        if not self.processors.adjusts:
-            return []
-        return [self.tree.path_tokens(n) for n in nodes]
-
-    def _mask(self, nodes: Sequence[int], logits: Tensor) -> Tensor | None:
-        if self.masks is None:
-            return None
-        import numpy as np
-
-        bits = np.ascontiguousarray(self.masks.bits[list(nodes)]).view(np.uint8)
-        allowed = np.unpackbits(bits, axis=-1, bitorder="little")[:, : logits.shape[-1]]
-        return torch.from_numpy(allowed).to(logits.device, torch.bool)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from foretell.core.batch import Tap
+from foretell.core.rows import argmax_rows
 from foretell.core.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Rows:
 
     packed: Tensor  # [R, X]
     row: np.ndarray  # [N] int64, packed row of each node, -1 = none
+    _host: np.ndarray | None = field(default=None, repr=False)  # packed, where it lies on a CPU
 
     def __getitem__(self, nodes: int | Sequence[int]) -> Tensor:
         """[X] for one node, [k, X] for several."""
@@ -37,6 +39,20 @@ class Rows:
         if rows and rows == list(range(rows[0], rows[0] + len(rows))):
             return self.packed[rows[0] : rows[0] + len(rows)]
         return self.packed[rows]
+
+    def argmax(self, nodes: Sequence[int]) -> list[int]:
+        """`argmax_rows` of the nodes' rows; of one on a CPU without any tensor in between, which
+        would take longer than the search."""
+        if len(nodes) != 1:
+            return argmax_rows(self[nodes])
+        if self._host is None:
+            if self.packed.device.type != "cpu":
+                return argmax_rows(self[nodes])
+            self._host = self.packed.numpy()
+        row = self.row[nodes[0]]
+        if row < 0:
+            raise KeyError(f"no row was computed for node {nodes[0]}")
+        return [int(self._host[row].argmax())]
 
     def has(self, node: int) -> bool:
         return bool(self.row[node] >= 0)

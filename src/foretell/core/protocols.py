@@ -180,6 +180,16 @@ class Races(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """Models that find the largest entries of rows of their logits quicker than numpy."""
+
+    def topk(
+        self, rows: Tensor, k: int, at: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What `core.rows.topk_rows` says of rows [n, V], to the bit; None: ask it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a drafter needs from the engine; checked once, at start-up."""

@@ -61,7 +61,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "entropy": "foretell.control.length.entropy:Entropy",
             "adaptive": "foretell.control.length.adaptive:Adaptive",
             "specdec++": "foretell.control.length.specdecpp:SpecDecPlusPlus",
-            "goodput": "foretell.control.length.goodput:Goodput",
+            "goodput": "foretell.control.length.goodput.policy:Goodput",
             "pearl": "foretell.control.length.pearl:Pearl",
         },
         "tree": {

@@ -52,8 +52,8 @@ class TokenTree:
     def context(cls, tokens: Sequence[int]) -> TokenTree:
         """The tree without drafts: a chain of CONTEXT nodes over `tokens` (at least one)."""
         n = len(tokens)
-        steps = np.arange(n, dtype=np.int64)
-        return cls(np.asarray(tokens, np.int64), steps - 1, np.zeros(n, np.int8), steps)
+        ids = np.array(tokens, np.int64)
+        return cls(ids, _count(-1, n - 1), np.zeros(n, np.int8), _count(0, n), _n_context=n)
 
     @classmethod
     def build(
@@ -104,12 +104,11 @@ class TokenTree:
     ) -> TokenTree:
         """Hang a chain below the tip; with `q` [len(tokens), V] row i drew token i."""
         if q is None and score is None:
-            c, n = len(context), len(tokens)
-            steps = np.arange(c + n, dtype=np.int64)
-            kinds = np.ones(c + n, np.int8)  # CANDIDATE
-            kinds[:c] = 0
+            c, n = len(context), len(context) + len(tokens)
+            kinds = np.zeros(n, np.int8)
+            kinds[c:] = 1  # CANDIDATE
             ids = np.array([*context, *tokens], np.int64)
-            return cls(ids, steps - 1, kinds, steps, _n_context=c)
+            return cls(ids, _count(-1, n - 1), kinds, _count(0, n), _n_context=c)
         rows = None if q is None else range(len(tokens))
         return cls.build(context, tokens, range(-1, len(tokens) - 1), qrow=rows, q=q, score=score)
 
@@ -117,24 +116,25 @@ class TokenTree:
     def grown(
         cls,
         context: Sequence[int],
-        tokens: np.ndarray,
-        parents: np.ndarray,
-        levels: np.ndarray,
-        score: np.ndarray | None = None,
+        tokens: Sequence[int] | np.ndarray,
+        parents: Sequence[int] | np.ndarray,
+        levels: Sequence[int] | np.ndarray,
+        score: Sequence[float] | np.ndarray | None = None,
     ) -> TokenTree:
-        """`build` for drafters that know each token's level [n] (1 = child of the tip): arrays go
-        in as they are, and a tree of any size costs a few microseconds."""
-        c, n = len(context), len(tokens)
-        tree = cls.context(context)
-        tree.tokens = np.concatenate([tree.tokens, tokens])
-        tree.parent = np.concatenate([tree.parent, parents + c])
-        tree.depth = np.concatenate([tree.depth, levels + (c - 1)])
-        tree.kind = np.full(c + n, Kind.CANDIDATE, np.int8)
-        tree.kind[:c] = Kind.CONTEXT
+        """`build` for drafters that know each token's level [n] (1 = child of the tip): a tree of
+        any size costs a few microseconds."""
+        c, n = len(context), len(context) + len(tokens)
+        ids, parent, depth = np.empty(n, np.int64), _count(-1, n - 1), _count(0, n)
+        kinds, scores = np.zeros(n, np.int8), None
+        kinds[c:] = 1  # CANDIDATE
+        ids[:c], ids[c:] = context, tokens
+        parent[c:], depth[c:] = parents, levels
+        parent[c:] += c
+        depth[c:] += c - 1
         if score is not None:
-            tree.score = np.concatenate([np.ones(c), score])
-        tree._n_context = c
-        return tree
+            scores = np.ones(n)
+            scores[c:] = score
+        return cls(ids, parent, kinds, depth, score=scores, _n_context=c)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -158,13 +158,15 @@ class TokenTree:
 
     @property
     def is_chain(self) -> bool:
-        return bool((self.parent == np.arange(len(self)) - 1).all())
+        return self.parent.tolist() == list(range(-1, len(self) - 1))
 
     @property
     def live(self) -> np.ndarray:
         """[n] node indices that the forward computes, in order (all but DEAD)."""
         if self._live is None:
-            self._live = np.flatnonzero(self.kind != int(Kind.DEAD))
+            dead = int(Kind.DEAD)
+            some = dead in self.kind.tolist()
+            self._live = np.flatnonzero(self.kind != dead) if some else _count(0, len(self))
         return self._live
 
     def decisions(self) -> list[int]:
@@ -210,12 +212,12 @@ class TokenTree:
 
     def ancestors(self) -> np.ndarray:
         """[N, N] bool; entry (i, j) is true iff j is i or an ancestor of i."""
-        table = np.eye(len(self), dtype=bool)
-        by_depth = np.argsort(self.depth, kind="stable")  # parents before children
-        ends = np.flatnonzero(np.diff(self.depth[by_depth])) + 1
-        for level in np.split(by_depth, ends)[1:]:
-            table[level] |= table[self.parent[level]]
-        return table
+        n, rows = len(self), []
+        for node, above in enumerate(self.parent.tolist()):
+            row = rows[above][:] if above >= 0 else bytearray(n)
+            row[node] = 1
+            rows.append(row)
+        return np.frombuffer(bytearray().join(rows), bool).reshape(n, n)
 
     def validate(self, vocab: int) -> None:
         """Raise ValueError when an invariant is broken (used by tests and in debug mode)."""
@@ -231,3 +233,7 @@ class TokenTree:
         for i in range(c, n):
             if self.parent[i] < c - 1 and self.kind[i] != Kind.RIDER:
                 raise ValueError("drafts hang off the tip")
+
+
+def _count(start: int, stop: int) -> np.ndarray:
+    return np.arange(start, stop, dtype=np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, CostModel, Needs, Promise, SeqView
-from foretell.core.rows import topk_rows
+from foretell.core.rows import TopK, topk_rows
 from foretell.core.tree import TokenTree
 from foretell.drafters.tables.adjacency import Adjacency
 from foretell.drafters.tables.ranks import (
@@ -65,7 +65,7 @@ class TokenRecycling:
     summary = "a tree of what the target last thought likely after each token"
     needs = Needs(logits=True)
     shapes = frozenset({"tree", "onehot"})
-    from_context = ("vocab", "cost")
+    from_context = ("vocab", "cost", "topk")
     may_miss = True  # what a step teaches costs more than many a draft, and is not needed
 
     def __init__(
@@ -76,13 +76,15 @@ class TokenRecycling:
         update: str = "all",
         share: str = "exact",
         cost: CostModel | None = None,
+        topk: TopK | None = None,
     ) -> None:
+        """topk: the target's own, where it has one (`Ranks`)."""
         if nodes < 0 or not 1 <= k <= 64:
             raise InputError("token-recycling needs nodes >= 0 and 1 <= k <= 64.")
         if update not in ("all", "path"):
             raise InputError(f"token-recycling:update={update} is neither 'all' nor 'path'.")
         self.vocab, self.nodes, self.k, self.update = vocab, nodes, min(k, vocab), update
-        self.share, self.cost = check_share(self.name, share), cost
+        self.share, self.cost, self.topk = check_share(self.name, share), cost, topk
         self.table = Adjacency(vocab, self.k)
         self.steps = 0
         self.first_size = 0  # for requests whose drafts must not depend on the clock
@@ -91,7 +93,9 @@ class TokenRecycling:
     @classmethod
     def build(cls, context: BuildContext, **options: Any) -> TokenRecycling:
         """Sized by the engine's cost model unless `nodes` says otherwise."""
-        return cls(context.target.spec.vocab, cost=context.cost, **options)
+        target = context.target
+        topk = getattr(target, "topk", None)
+        return cls(target.spec.vocab, cost=context.cost, topk=topk, **options)
 
     def state_bytes(self) -> int:
         """Of what all requests share."""
@@ -161,22 +165,20 @@ class TokenRecycling:
 
     def _learn(self, table: Adjacency, f: Feedback) -> None:
         tree, path = f.tree, [f.tree.tip, *f.verdict.path]
-        before = int(tree.tokens[tree.tip])
+        tokens, depth = tree.tokens.tolist(), tree.depth.tolist()
+        before = tokens[tree.tip]
         for token in f.tokens:
             table.stats.saw(table.rank(before, token))
             before = token
-        if self.update == "path":
-            nodes = np.array(path)
-        else:
-            nodes = np.flatnonzero(f.logits.row >= 0)
-            nodes = nodes[nodes >= tree.tip]
         # A token may stand at several nodes: refused ones first, the shallower over the deeper;
         # then the accepted ones, the later over the earlier. Only the last one's row is kept.
-        taken = np.zeros(len(tree), bool)
-        taken[path] = True
-        depth = tree.depth[nodes]
-        order = np.argsort(np.where(taken[nodes], depth, -1 - depth), kind="stable")
-        tokens, last = np.unique(tree.tokens[nodes][order[::-1]], return_index=True)
-        kept = nodes[order[::-1][last]]
-        _, ids = topk_rows(f.logits.packed, self.k, f.logits.row[kept])
-        table.put(tokens, ids)
+        kept: dict[int, int] = {}  # token -> its packed row
+        rows = f.logits.row.tolist()
+        if self.update == "all":
+            refused = set(range(tree.tip, len(rows))).difference(path)
+            for node in sorted(refused, key=lambda n: (-depth[n], n)):
+                if rows[node] >= 0:
+                    kept[tokens[node]] = rows[node]
+        kept.update((tokens[node], rows[node]) for node in path)
+        _, ids = topk_rows(f.logits.packed, self.k, np.array([*kept.values()]), self.topk)
+        table.put(np.array([*kept]), ids)

@@ -10,7 +10,8 @@ from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqView
 from foretell.core.tree import TokenTree
-from foretell.drafters.tables.datastore import Datastore, heaviest_prefixes
+from foretell.drafters.tables.datastore.prefixes import heaviest_prefixes
+from foretell.drafters.tables.datastore.reader import Datastore
 from foretell.drafters.tables.stop import grown
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, Needs, Promise, SeqView
@@ -169,10 +167,9 @@ class Suffix:
         return self._tree(view.pending, found, budget)
 
     def _tree(self, context: Sequence[int], found: Found, budget: Budget) -> TokenTree:
-        parents, probs = np.array(found.parents), np.array(found.probs)
-        scores = probs / np.where(parents < 0, 1.0, probs[parents])
-        drafted, levels = np.array(found.tokens), np.array(found.levels)
-        return grown(context, drafted, parents, levels, scores, stop=budget.stop)
+        parents, probs = found.parents, [*found.probs, 1.0]  # parent -1 is the tip
+        scores = [p / probs[above] for p, above in zip(found.probs, parents, strict=True)]
+        return grown(context, found.tokens, parents, found.levels, scores, stop=budget.stop)
 
     def _look_back(
         self, state: SuffixState, tokens: list[int], limits: Limits, found: Found

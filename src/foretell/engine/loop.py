@@ -22,7 +22,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from foretell.control.processors import ProcessedRows
+from foretell.control.processed import ProcessedRows
 from foretell.core.batch import PackedBatch, Tap, segment_of
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback, Rows, Verdict
@@ -113,11 +113,11 @@ class Engine:
         with self.model.open(caches) as txn:  # type: ignore[arg-type]  # a running one has a cache
             out = self.model.forward(batch, txn, self._taps(turns))
             t2 = perf_counter()
-            rows = [_rows(batch, i, tree) for i, tree in enumerate(trees)]
             verdicts, feedback, events = [], [], []
             for i, (turn, tree) in enumerate(zip(turns, trees, strict=True)):
-                logits = Rows(out.logits, rows[i][1])
-                hidden = {k: Rows(h, rows[i][0]) for k, h in out.hidden.items()}
+                packed, wanted = _rows(batch, i, tree)
+                logits = Rows(out.logits, wanted)
+                hidden = {k: Rows(h, packed) for k, h in out.hidden.items()}
                 verdict, said = self._decide(turn, tree, logits, masks[i], hidden)
                 verdicts.append(verdict)
                 events.append(said)
@@ -182,11 +182,13 @@ class Engine:
                 )
                 for budget, seq in zip(wanted, decoding, strict=True)
             ]
-            trees = {id(s): TokenTree.context(s.view.pending) for s in decoding}
             asked = [(s, b) for s, b in zip(decoding, budgets, strict=True) if not b.none]
             if asked:  # the others' drafters sleep
                 proposed = self._propose([s for s, _ in asked], [b for _, b in asked])
-                trees.update((id(s), tree) for (s, _), tree in zip(asked, proposed, strict=True))
+                trees = {id(s): tree for (s, _), tree in zip(asked, proposed, strict=True)}
+            for seq in decoding:
+                if id(seq) not in trees:
+                    trees[id(seq)] = TokenTree.context(seq.view.pending)
             for seq, want, budget in zip(decoding, wanted, budgets, strict=True):
                 self._note(seq, want, budget, trees[id(seq)], share)
         return _in_order(turns, trees)
@@ -331,7 +333,7 @@ class Engine:
         accepted = verdict.accepted
         pieces = seq.finish.take(verdict.tokens)
         verdict.cut(len(pieces))
-        base = len(seq.output)
+        base = seq.said
         events = []
         for i, piece in enumerate(pieces):
             top = None
@@ -348,8 +350,9 @@ class Engine:
         if not seq.stats.steps:
             seq.stats.first = perf_counter()
             seq.stats.first_step = len(pieces)
-        seq.stats.add(tree.drafted, len(pieces))
-        self.totals.emitted(tree.drafted, len(pieces))
+        drafts = tree.drafted
+        seq.stats.add(drafts, len(pieces))
+        self.totals.emitted(drafts, len(pieces))
         if seq.constraint is not None:
             events += self._force(seq, verdict.tokens)
         return events
@@ -361,7 +364,7 @@ class Engine:
         if seq.finish.reason is not None or seq.params.logprobs is not None:
             return []  # with logprobs every token is drawn, from a row of its own
         pieces = seq.finish.take(seq.constraint.forced()[: _room(seq)])
-        base = len(seq.output)
+        base = seq.said
         events = [
             TokenEvent(seq.request, seq.sample, base + i, p.token, p.text, True)
             for i, p in enumerate(pieces)
@@ -402,7 +405,7 @@ def _in_order(turns: Seq[Turn], drafts: dict[int, TokenTree]) -> list[TokenTree]
 
 def _room(seq: Sequence) -> int:
     """Tokens it may still emit."""
-    return seq.finish.room - len(seq.output)
+    return seq.finish.room - seq.said
 
 
 def _rows(batch: PackedBatch, i: int, tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
@@ -424,7 +427,7 @@ def _rows(batch: PackedBatch, i: int, tree: TokenTree) -> tuple[np.ndarray, np.n
 
 def _local(tree: TokenTree, path: Seq[int]) -> list[int]:
     """Rows, among those the tree's forward added, of the nodes in `path`."""
-    if path and path[-1] == len(path) - 1:
+    if len(tree.live) == len(tree):
         return list(path)
     row = np.cumsum(tree.kind != Kind.DEAD) - 1  # DEAD nodes have no row
     return row[list(path)].tolist()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from foretell.core.protocols import TargetModel
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that may still be taken on `device`; on a CPU what the system would give without
@@ -19,6 +21,15 @@ def free_memory(device: torch.device) -> int:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     left = _container()
     return free if left is None else min(free, left)
+
+
+def default_rows(model: TargetModel, max_batch: int) -> int:
+    """KV rows that `max_batch` full contexts need, at most what half of the free memory holds."""
+    rows = max_batch * model.spec.max_positions
+    if not model.spec.row_bytes:
+        return rows
+    free = free_memory(model.device)
+    return max(1024, min(rows, free // 2 // model.spec.row_bytes))
 
 
 def mapped_memory() -> int:

@@ -151,7 +151,10 @@ class Scheduler:
                 fits = self._make_room(seq, planned + feed, turns)
                 free = self.free
                 if not fits:
-                    continue
+                    # Those who decode left less than the chunk: the oldest takes that and moves.
+                    if seq is not self.running[0] or planned >= free:
+                        continue
+                    feed = free - planned
             turns.append(Turn(seq, feed, feed == seq.pending))
             planned += feed
             budget -= feed if prompt else 0

@@ -78,3 +78,8 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.view.prompt_len :]
+
+    @property
+    def said(self) -> int:
+        """Tokens of the output."""
+        return len(self.view.tokens) - self.view.prompt_len

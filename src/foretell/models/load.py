@@ -26,7 +26,7 @@ _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | None,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -34,7 +34,7 @@ def load_model(
     deterministic: bool = False,
     progress: Callable[[float, str], None] | None = None,
 ) -> TargetModel:
-    """A model from a checkpoint directory or a hub id (`org/name`).
+    """A model from a checkpoint directory, a hub id (`org/name`), or (None) the bundled one.
 
     dtype: float32, bfloat16, float16, int8, int4, int4-g128 (docs/quantisation.md) or auto (the
     format of a quantised checkpoint; else the checkpoint's own on a GPU; on a CPU float32, unless a
@@ -103,8 +103,16 @@ def fused(arch: Arch, kind: torch.dtype | WeightFormat, device: torch.device) ->
     return device.type == "cpu" and refusal(arch, kind) is None
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The directory behind a path or a hub id (fetched, or taken from the local hub cache)."""
+def bundled_model() -> Path:
+    """The checkpoint directory that ships in the package."""
+    return Path(__file__).parent.parent / "assets" / "base"
+
+
+def find_checkpoint(path: str | Path | None) -> Path:
+    """The directory behind a path or a hub id (fetched, or taken from the local hub cache); None is
+    the bundled model."""
+    if path is None:
+        return bundled_model()
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

@@ -18,7 +18,9 @@ from starlette.middleware.cors import CORSMiddleware
 from foretell import __version__
 from foretell.core.errors import InputError
 from foretell.serve import errors, page, streams
-from foretell.serve.answer import Answer, Chat, Completion
+from foretell.serve.answers.answer import Answer
+from foretell.serve.answers.chat import Chat
+from foretell.serve.answers.completion import Completion
 from foretell.serve.blocks import BLOCK, Level
 from foretell.serve.describe import DEFAULT, describe, takes
 from foretell.serve.errors import bad_request

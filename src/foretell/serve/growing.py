@@ -35,21 +35,21 @@ class Stream:
         self.tokens: list[int] = []
         self.dropped = 0  # rows that corrections made worthless
         self._service, self._finish = service, finish
-        self._seq = service.llm.open_prompt()
+        self.sequence = service.llm.inputs.open_prompt()
         self._timer: asyncio.TimerHandle | None = None
-        service._order(service.llm.engine.scheduler.grow, self._seq)
+        service.worker.order(service.llm.engine.scheduler.grow, self.sequence)
         self._touch()
 
     @property
     def rows(self) -> int:
         """Rows of the prompt that are ready; at most one less than it has ids."""
-        cache = self._seq.cache  # the engine's thread may take it away at any time
+        cache = self.sequence.cache  # the engine's thread may take it away at any time
         return 0 if cache is None else cache.n
 
     @property
     def reused(self) -> int:
         """Of those, rows that were copied from another request."""
-        return self._seq.stats.reused
+        return self.sequence.stats.reused
 
     def append(self, more: str | Sequence[int]) -> None:
         """More of the prompt. InputError when the stream is closed, mixes text and ids, or gets
@@ -68,15 +68,15 @@ class Stream:
         if isinstance(piece, str) != (self.text is not None) and self.tokens:
             raise InputError("A stream is made of text or of token ids, not of both.")
         tokens = self._service.llm.encode(prompt) if prompt else []
-        self._service._check_length(tokens)
+        self._service.check_length(tokens)
         self.text = prompt if isinstance(prompt, str) else None
         self.tokens = tokens
-        self._service._order(self._replace, tokens)
+        self._service.worker.order(self._replace, tokens)
         self._touch()
 
     def _replace(self, tokens: list[int]) -> None:
         """In the engine's thread."""
-        self.dropped += self._service.llm.engine.scheduler.replace(self._seq, tokens)
+        self.dropped += self._service.llm.engine.scheduler.replace(self.sequence, tokens)
 
     def finish(self, params: SamplingParams | None = None) -> Job:
         """The prompt is complete: generate. Raises like `submit`; the stream then stays open.
@@ -90,7 +90,7 @@ class Stream:
     def cancel(self) -> None:
         """Drop it; does nothing when it is closed."""
         if self.closed is None:
-            self._service._order(self._service._abandon, self._seq)
+            self._service.worker.order(self._service.worker.abandon, self.sequence)
             self._close("cancelled")
 
     def _expire(self) -> None:
@@ -103,7 +103,7 @@ class Stream:
 
     def _close(self, why: str) -> None:
         self.closed = why
-        self._service._streams.discard(self)
+        self._service.streams.discard(self)
         if self._timer is not None:
             self._timer.cancel()
 

@@ -11,28 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.core.errors import ForetellError
 from foretell.core.params import Speculation
-from foretell.engine.llm import Request
 from foretell.engine.metrics import Stats
 from foretell.engine.outputs import RequestOutput
+from foretell.engine.request import Request
 from foretell.engine.sequence import TokenEvent, TopLogprobs
 from foretell.serve.terms import JobSummary
 
 if TYPE_CHECKING:
-    from foretell.serve.service import Service
+    from foretell.serve.worker import Worker
 
 
 class Job:
     """One request with its n samples. Belongs to the event loop; `left` and `started` are written
     by the engine's thread."""
 
-    def __init__(self, service: Service, request: Request) -> None:
+    def __init__(self, worker: Worker, request: Request) -> None:
         self.id = uuid.uuid4().hex
         self.created = time.time()
         self.arrived = time.perf_counter()
         self.started: float | None = None  # when it got a place
         self.reason: str | None = None  # why the request ended
         self.left = len(request.sequences)  # samples still running
-        self._service, self._request = service, request
+        self._worker, self.request = worker, request
         self._inbox: deque[list[TokenEvent]] = deque()
         self._error: ForetellError | None = None
         self._news = asyncio.Event()
@@ -40,20 +40,20 @@ class Job:
 
     @property
     def prompt_ids(self) -> list[int]:
-        return self._request.prompt
+        return self.request.prompt
 
     @property
     def control(self) -> Speculation:
-        return self._request.control
+        return self.request.control
 
     @property
     def prompt_logprobs(self) -> list[TopLogprobs | None]:
         """Of the prompt's ids, where they were asked for; whole from the first event on."""
-        return self._request.sequences[0].prompt_logprobs
+        return self.request.sequences[0].prompt_logprobs
 
     def stats(self, sample: int = 0) -> Stats:
         """The counters of a sample, so far."""
-        return self._request.sequences[sample].stats
+        return self.request.sequences[sample].stats
 
     @property
     def done(self) -> bool:
@@ -85,22 +85,33 @@ class Job:
             self.cancel()
         if self._error is not None:
             raise self._error
-        return self._service.llm.output_of(self._request)
+        return self.request.output()
+
+    def deliver(self, events: list[TokenEvent]) -> None:
+        """The service's: what a step emitted for it."""
+        self._inbox.append(events)
+        self._news.set()
+
+    def close(self, reason: str, error: ForetellError | None) -> None:
+        """The service's: nothing more will come."""
+        self.reason, self._error = reason, error
+        self._ended.set()
+        self._news.set()
 
     def cancel(self) -> None:
         """Drop the request within one step. Does nothing when it has ended."""
         if not self.done:
-            self._service._order(self._service._drop, self, "cancelled", None)
+            self._worker.order(self._worker.drop, self, "cancelled", None)
 
     def speculation(self, sample: int = 0) -> dict[str, Any]:
         """What speculation did for a sample so far: drafter, verifier, promise, steps, drafts
         (steps with one), drafted, accepted, acceptance_length, accepted_per_position, and why_off:
         why nothing was drafted, or None."""
-        return self._service.llm.speculation_of(self._request, sample)
+        return self.request.speculation(sample)
 
     def summary(self) -> JobSummary:
         """The ended request in numbers."""
-        stats = [s.stats for s in self._request.sequences]
+        stats = [s.stats for s in self.request.sequences]
         now = time.perf_counter()
         generated = sum(s.emitted for s in stats)
         firsts = [s.first for s in stats if s.first]

@@ -12,7 +12,6 @@ from starlette.datastructures import Headers
 
 from foretell.core.errors import InputError
 from foretell.core.params import SamplingParams, Speculation
-from foretell.core.protocols import Promise
 from foretell.engine.llm import LLM
 from foretell.models.text.tokenizer import Tokenizer
 from foretell.serve import schema
@@ -25,6 +24,7 @@ from foretell.serve.schema import (
     TokenizeRequest,
     Tool,
 )
+from foretell.serve.wishes import sampling_params, wishes
 
 LONG_TEXT = 20_000  # characters from which encoding leaves the event loop
 _TAKEN = frozenset({"self", "source", "messages", "tools", "add_generation_prompt"})
@@ -53,12 +53,8 @@ class Prepare:
     def __init__(
         self, llm: LLM, names: Sequence[str], context: int, allow_lossy: bool = False
     ) -> None:
-        self.llm, self.names, self.context, self.allow_lossy = (
-            llm,
-            list(names),
-            context,
-            allow_lossy,
-        )
+        self.llm, self.names, self.context = llm, list(names), context
+        self.allow_lossy = allow_lossy
         tokenizer = llm.tokenizer
         templates = tokenizer.config.templates.values() if tokenizer else ()
         self.calls = any("<tool_call>" in source for source in templates)
@@ -93,18 +89,18 @@ class Prepare:
     def completion_params(
         self, body: CompletionRequest, prompts: Sequence[Sequence[int]]
     ) -> SamplingParams:
-        """`params`, with OpenAI's 16 tokens where nothing is said."""
+        """`sampling_params`, with OpenAI's 16 tokens where nothing is said."""
         most = 16 if body.max_tokens is None else body.max_tokens
         echo = bool(body.echo)
-        return self.params(body, prompts, max(1, most), logprobs=body.logprobs, echo=echo)
+        return sampling_params(body, prompts, max(1, most), self.context, body.logprobs, echo)
 
     def chat_params(self, body: ChatRequest, prompt: Sequence[int]) -> SamplingParams:
-        """`params`, with what the context holds where nothing is said."""
+        """`sampling_params`, with what the context holds where nothing is said."""
         said = body.max_completion_tokens
         given = body.max_tokens if said is None else said
         most = self.context if given is None else given
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return self.params(body, [prompt], most, logprobs=top)
+        return sampling_params(body, [prompt], most, self.context, top)
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served."""
@@ -169,62 +165,9 @@ class Prepare:
         )
         return await self._ids(text, bool(body.add_special_tokens))
 
-    def params(
-        self,
-        body: Sampling,
-        prompts: Sequence[Sequence[int]],
-        most: int,
-        logprobs: int | None = None,
-        echo: bool = False,
-    ) -> SamplingParams:
-        """Sampling parameters; OpenAI's defaults (temperature 1). More tokens than the context
-        holds are never generated, so `most` is cut to that."""
-        room = self.context - max(map(len, prompts))
-        stop = body.stop or ()
-        return SamplingParams(
-            max_tokens=min(most, room),
-            min_tokens=body.min_tokens or 0,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=max(0, body.top_k or 0),
-            top_p=1.0 if body.top_p is None else body.top_p,
-            min_p=body.min_p or 0.0,
-            typical_p=1.0 if body.typical_p is None else body.typical_p,
-            repetition_penalty=body.repetition_penalty or 1.0,
-            presence_penalty=body.presence_penalty or 0.0,
-            frequency_penalty=body.frequency_penalty or 0.0,
-            logit_bias={int(k): v for k, v in (body.logit_bias or {}).items()},
-            allowed_token_ids=body.allowed_token_ids,
-            bad_words=body.bad_words or (),
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=body.stop_token_ids or (),
-            include_stop=bool(body.include_stop_str_in_output),
-            ignore_eos=bool(body.ignore_eos),
-            seed=None if body.seed is None else body.seed % 2**64,
-            n=body.n or 1,
-            logprobs=logprobs,
-            prompt_logprobs=logprobs if echo else None,
-        )
-
     def control(self, body: Sampling, headers: Headers) -> Speculation:
         """The body's wishes, the headers' where the body has none."""
-        wish = body.speculation or schema.Control()
-        drafter = wish.drafter or headers.get("x-foretell-draft") or None
-        most, text = wish.max_draft, headers.get("x-foretell-max-draft")
-        if most is None and text:
-            if not (text.isascii() and text.isdigit() and len(text) < 16):
-                raise bad_request("X-Foretell-Max-Draft is a number of tokens, 0 = off.")
-            most = int(text)
-        promise = wish.promise or headers.get("x-foretell-promise") or None
-        if wish.off:
-            if wish.drafter not in (None, "off"):
-                raise bad_request("'speculation' says off and names a drafter.", "speculation")
-            drafter = "off"
-        if promise == Promise.LOSSY and not self.allow_lossy:
-            raise bad_request(
-                "This server allows no lossy methods: ask for exact or lossless.",
-                "speculation.promise",
-            )
-        return Speculation(drafter=drafter, max_draft=most, promise=promise)
+        return wishes(body, headers, self.allow_lossy)
 
     def _text(self) -> Tokenizer:
         if self.llm.tokenizer is None:

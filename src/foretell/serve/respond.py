@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from foretell.engine.sequence import TokenEvent
-from foretell.serve.answer import DONE, Answer
+from foretell.serve.answers.answer import DONE, Answer
 from foretell.serve.errors import ApiError, from_exception
 from foretell.serve.job import Job
 from foretell.serve.prepare import Ask

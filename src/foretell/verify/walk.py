@@ -38,13 +38,13 @@ def follow(tree: TokenTree, answer: Callable[[int], int]) -> Verdict:
     The answer at the node where the walk ends is the bonus token.
     """
     current, path, tokens = tree.tip, [], []
-    drafted, alive = tree.tokens.tolist(), int(Kind.CANDIDATE)
+    drafted, kinds, alive = tree.tokens.tolist(), tree.kind.tolist(), int(Kind.CANDIDATE)
     while True:
         want = answer(current)
         tokens.append(want)
         children = tree.children(current)
         for child in children:
-            if drafted[child] == want and tree.kind[child] == alive:
+            if drafted[child] == want and kinds[child] == alive:
                 path.append(child)
                 current = child
                 break

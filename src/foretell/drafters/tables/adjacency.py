@@ -33,21 +33,20 @@ class Adjacency:
 
         A node is missing where its parent is, or has too few known successors.
         """
-        tokens = np.empty(len(shape), np.int64)
-        rows, parent, rank = self.rows, shape.parent, shape.rank
-        holes = False
-        for level, (a, b) in enumerate(shape.bounds):
-            if level == 0:
-                found = rows[root, rank[a:b]]
-            else:
-                above = tokens[parent[a:b]]
-                found = rows[above, rank[a:b]]
-                if holes:
-                    found[above < 0] = 0
-            holes = holes or not found.all()
-            tokens[a:b] = found
-            tokens[a:b] -= 1
-        return tokens, tokens >= 0 if holes else None
+        found: list[int] = []  # ids + 1
+        known: dict[int, list[int]] = {}  # rows that were read: tokens repeat within a tree
+        for parent, rank in shape.steps:
+            above = root + 1 if parent < 0 else found[parent]
+            if not above:
+                found.append(0)
+                continue
+            row = known.get(above)
+            if row is None:
+                row = known[above] = self.rows[above - 1].tolist()
+            found.append(row[rank])
+        tokens = np.array(found, np.int64)
+        tokens -= 1
+        return tokens, tokens >= 0 if 0 in found else None
 
     def put(self, tokens: np.ndarray, ids: np.ndarray) -> None:
         """Row tokens[i] becomes ids[i]; of a token named twice the later row stands."""

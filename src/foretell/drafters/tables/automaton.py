@@ -65,14 +65,15 @@ class SuffixAutomaton:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append tokens to the document."""
-        link, count = self.link, self.count
+        length, link, count = self.length, self.link, self.count
+        append, reach = self._append, self.reach
         for token in tokens:
-            if self.length[self.last] >= self.reach:
+            if length[self.last] >= reach:
                 self.tail = self.tail[-self.depth :]
                 self.last = 0
                 for t in self.tail:
-                    self._append(t)
-            self._append(token)
+                    append(t)
+            append(token)
             self.tail.append(token)
             s = self.last
             while s > 0:
@@ -80,19 +81,21 @@ class SuffixAutomaton:
                 s = link[s]
 
     def _append(self, token: int) -> None:
-        length, link, last = self.length, self.link, self.last
-        q = self.step(last, token)
+        length, link, first, last = self.length, self.link, self.first, self.last
+        q = self.step(last, token) if first[last] >= 0 else -1
         if q >= 0:  # at the beginning of a further document, or of the end entered once more
             self.last = q if length[q] == length[last] + 1 else self._split(last, token, q)
             return
         new = self._state(length[last] + 1, 0)
-        p = last
+        to, p = self.to, last
         while p >= 0:
-            q = self.step(p, token)
-            if q >= 0:
+            if first[p] < 0:
+                first[p], to[p] = token, new
+            elif (q := self.step(p, token)) < 0:
+                self._add(p, token, new)
+            else:
                 link[new] = q if length[q] == length[p] + 1 else self._split(p, token, q)
                 break
-            self._connect(p, token, new)
             p = link[p]
         self.last = new
 
@@ -121,10 +124,8 @@ class SuffixAutomaton:
         self.to.append(-1)
         return len(self.length) - 1
 
-    def _connect(self, p: int, token: int, q: int) -> None:
-        if self.first[p] < 0:
-            self.first[p], self.to[p] = token, q
-            return
+    def _add(self, p: int, token: int, q: int) -> None:
+        """A further successor."""
         more = self.more.get(p)
         if more is None:
             more = self.more[p] = {}

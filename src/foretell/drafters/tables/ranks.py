@@ -28,6 +28,7 @@ class RankTree:
     rank: np.ndarray
     level: np.ndarray  # 1 for the tip's children
     bounds: tuple[tuple[int, int], ...]  # nodes of each level
+    steps: tuple[tuple[int, int], ...]  # (parent, rank) of each node, as plain numbers
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -39,11 +40,13 @@ class RankTree:
         index = {(): -1, **{path: i for i, path in enumerate(ordered)}}
         levels = np.array([len(path) for path in ordered], np.int64)
         ends = np.searchsorted(levels, np.arange(1, (levels[-1] if len(levels) else 0) + 2))
+        steps = tuple((index[path[:-1]], path[-1]) for path in ordered)
         return cls(
-            np.array([index[path[:-1]] for path in ordered], np.int64),
-            np.array([path[-1] for path in ordered], np.int64),
+            np.array([parent for parent, _ in steps], np.int64),
+            np.array([rank for _, rank in steps], np.int64),
             levels,
             tuple((int(a), int(b)) for a, b in pairwise(ends)),
+            steps,
         )
 
 
@@ -102,21 +105,22 @@ class RankStats:
 
     def __init__(self, prior: Sequence[float], weight: float = 30.0, memory: float = 400.0) -> None:
         self.prior, self.weight, self.keep = np.asarray(prior, float), weight, 1 - 1 / memory
-        self.hits, self.tries = np.zeros(len(prior)), np.zeros(len(prior))
+        self.hits, self.tries = [0.0] * len(prior), [0.0] * len(prior)  # lists: so few are quicker
 
     def saw(self, rank: int, width: int | None = None) -> None:
         """One token came; there were candidates of the ranks below `width` (None: of all), and it
         was that of `rank`, or none of them where rank is no smaller."""
         width = len(self.hits) if width is None else min(width, len(self.hits))
-        self.hits *= self.keep
-        self.tries *= self.keep
-        self.tries[:width] += 1
+        keep = self.keep
+        self.hits = [hits * keep for hits in self.hits]
+        self.tries = [tries * keep + (r < width) for r, tries in enumerate(self.tries)]
         if rank < width:
             self.hits[rank] += 1
 
     def chances(self) -> np.ndarray:
         """p [K], made non-increasing."""
-        p = (self.hits + self.weight * self.prior) / (self.tries + self.weight)
+        hits, tries = np.array(self.hits), np.array(self.tries)
+        p = (hits + self.weight * self.prior) / (tries + self.weight)
         return np.minimum.accumulate(p)
 
 

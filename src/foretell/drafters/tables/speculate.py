@@ -44,7 +44,10 @@ def best_draft(text: SuffixAutomaton, place: Place, limits: Limits, floor: float
         most = min(limits.nodes, int(limits.factor * matched + limits.offset))
         if min(most, limits.depth if limits.branching == 1 else most) <= best.score:
             break
-        found = (_chain if limits.branching == 1 else _tree)(text, state, most, limits)
+        if limits.branching == 1:
+            found = _chain(text, state, most, limits, best.score)
+        else:
+            found = _tree(text, state, most, limits)
         if found.score > best.score:
             best = found
         state = text.link[state]
@@ -59,15 +62,20 @@ def _onwards(text: SuffixAutomaton, state: int) -> int:
     return state
 
 
-def _chain(text: SuffixAutomaton, state: int, most: int, limits: Limits) -> Found:
-    found, prob, count = Found(), 1.0, text.count
-    tokens, probs = found.tokens, found.probs
-    for _ in range(min(most, limits.depth)):
-        state = _onwards(text, state)
+def _chain(text: SuffixAutomaton, state: int, most: int, limits: Limits, floor: float) -> Found:
+    """The likeliest chain, given up as soon as it cannot score more than `floor`: where a text
+    repeats itself many suffixes match, and all but the first lose."""
+    prob, score, most = 1.0, 0.0, min(most, limits.depth)
+    tokens: list[int] = []
+    probs: list[float] = []
+    first, to, link, count, others = text.first, text.to, text.link, text.count, text.more
+    while len(tokens) < most:
+        while state > 0 and first[state] < 0:  # `_onwards`
+            state = link[state]
         if state <= 0:
             break
-        more = text.more.get(state)
-        token, after = text.first[state], text.to[state]
+        more = others.get(state)
+        token, after = first[state], to[state]
         if more is not None:
             heaviest = total = count[after]
             for t, s in more.items():
@@ -78,13 +86,14 @@ def _chain(text: SuffixAutomaton, state: int, most: int, limits: Limits) -> Foun
             prob *= heaviest / total
             if prob < limits.min_prob:
                 break
+            if score + prob * (most - len(tokens)) <= floor:
+                return Found()
         tokens.append(token)
         probs.append(prob)
+        score += prob
         state = after
-    found.score = sum(probs)
-    found.parents = list(range(-1, len(tokens) - 1))
-    found.levels = list(range(1, len(tokens) + 1))
-    return found
+    n = len(tokens)
+    return Found(tokens, list(range(-1, n - 1)), list(range(1, n + 1)), probs, score)
 
 
 def _tree(text: SuffixAutomaton, state: int, most: int, limits: Limits) -> Found:

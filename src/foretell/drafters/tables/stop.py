@@ -8,6 +8,8 @@ import numpy as np
 
 from foretell.core.tree import TokenTree
 
+Numbers = Sequence[int] | Sequence[float] | np.ndarray
+
 
 def kept(
     stop: Callable[[Sequence[float]], bool], parents: Sequence[int], scores: Sequence[float]
@@ -31,22 +33,22 @@ def kept(
 
 def grown(
     context: Sequence[int],
-    tokens: np.ndarray,
-    parents: np.ndarray,
-    levels: np.ndarray,
-    scores: np.ndarray | None = None,
+    tokens: Numbers,
+    parents: Numbers,
+    levels: Numbers,
+    scores: Numbers | None = None,
     keep: np.ndarray | None = None,
     stop: Callable[[Sequence[float]], bool] | None = None,
 ) -> TokenTree:
     """`TokenTree.grown` with the nodes in `keep` (None = all), with their parents, that `stop`
     leaves."""
     if stop is not None and scores is not None and len(tokens):
-        wanted = kept(stop, parents.tolist(), scores.tolist())
+        wanted = kept(stop, np.asarray(parents).tolist(), np.asarray(scores).tolist())
         keep = wanted if keep is None else keep & wanted
     if keep is not None and not keep.all():
         index = np.cumsum(keep) - 1
-        above = parents[keep]
+        above = np.asarray(parents)[keep]
         parents = np.where(above < 0, -1, index[above])
-        tokens, levels = tokens[keep], levels[keep]
-        scores = None if scores is None else scores[keep]
+        tokens, levels = np.asarray(tokens)[keep], np.asarray(levels)[keep]
+        scores = None if scores is None else np.asarray(scores)[keep]
     return TokenTree.grown(context, tokens, parents, levels, scores)

@@ -121,7 +121,7 @@ def fit_distribution(
     exact joint law. A sample that looks wrong is repeated once, four times as large, before it
     counts: chance alone then fails with probability alpha squared."""
     params = replace(params, max_tokens=TOKENS, ignore_eos=True, n=1, seed=seed)
-    rule = llm.verifier_for(params)
+    rule = llm.rules.verifier_for(params)
     sampler = llm.with_methods(llm.drafter, rule, llm.policy, max_batch=BATCH, allow_lossy=True)
     index, prompt = choose_prompt(sampler, prompts, params)
     law = joint_law(llm.model, prompt, params)

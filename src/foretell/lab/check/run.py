@@ -91,10 +91,10 @@ def run_check(
     skipped: dict[str, str] = {}
     replay = distribution = None
     try:
-        promise = llm.promise(sampled)
-        verifier = llm.verifier_for(sampled).name
+        promise = llm.rules.promise(sampled)
+        verifier = llm.rules.verifier_for(sampled).name
     except InputError:
-        promise, verifier = llm.promise(greedy), llm.verifier_for(greedy).name
+        promise, verifier = llm.rules.promise(greedy), llm.rules.verifier_for(greedy).name
         reason = f"'{verifier}' only verifies greedy decoding"
         skipped = {"replay": reason, "distribution": reason}
     if not skipped and promise is not Promise.EXACT:

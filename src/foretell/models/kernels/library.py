@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,7 @@ _SIGNATURES = {
     "ft_run_products": (None, (PTR, LONG, LONG, PTR, LONG, PTR, LONG, PTR, PTR, PTR, LONG, INT)),
     "ft_stream": (LONG, (PTR, LONG, INT)),
     "ft_race": (LONG, (PTR, LONG, ctypes.c_double, ctypes.c_uint64)),
+    "ft_topk": (LONG, (PTR, LONG, LONG, LONG, PTR, LONG, LONG, PTR, PTR)),
 }
 
 
@@ -268,6 +270,23 @@ class Library:
         if logits.stride(0) != 1 or logits.dtype != torch.float32 or not temperature > 0:
             return -1
         return self.cdll.ft_race(logits.data_ptr(), len(logits), temperature, key)
+
+    def topk(
+        self, rows: Tensor, k: int, at: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What `core.rows.topk_rows` says of float32 rows [n, V] for k = 1..min(V, 128), to the
+        bit; None for others. On the calling thread."""
+        if rows.dtype != torch.float32 or rows.stride(1) != 1:
+            return None
+        count, width = rows.shape
+        index = None if at is None else torch.from_numpy(np.ascontiguousarray(at, np.int64))
+        n = count if index is None else len(index)
+        values, columns = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
+        problem = self.cdll.ft_topk(
+            *(rows.data_ptr(), count, rows.stride(0), width, _at(index), n, k),
+            *(values.data_ptr(), columns.data_ptr()),
+        )
+        return None if problem else (values.numpy(), columns.numpy())
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -1,114 +1,20 @@
 // See pool.h. Plain pthreads and futexes: no C++ runtime state, nothing to destroy at exit.
 #include "pool.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <atomic>
 
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#endif
+#include "team.h"
 
 namespace ft {
 namespace {
 
-constexpr int MAX_THREADS = 255;
-// How long a thread spins before it sleeps. In a barrier the others are on their way, and waking a
-// sleeper costs about as much as this; between calls the next one may be a sampled token away.
-// Longer spins do not help a machine that is ours and hurt one that is shared.
-constexpr int64_t BARRIER_SPIN_NS = 50000;
+// How long a thread spins before it sleeps: the next call may be a sampled token away; whoever has
+// the team needs the processors.
 constexpr int64_t IDLE_SPIN_NS = 100000;
-constexpr int64_t TURN_SPIN_NS = 5000;  // whoever has the team needs the processors
-
-inline void pause_cpu() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-// A number that threads wait on until it changes.
-struct Gate {
-  std::atomic<uint32_t> value{0};
-  std::atomic<uint32_t> sleepers{0};
-#if !defined(__linux__)
-  pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-  pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
-#endif
-
-  void publish(uint32_t next) {
-    // Sequentially consistent on both sides: either we see the sleeper, or it sees the new value.
-#if defined(__linux__)
-    value.store(next, std::memory_order_seq_cst);
-    if (sleepers.load(std::memory_order_seq_cst))
-      syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
-#else
-    pthread_mutex_lock(&mutex);
-    value.store(next, std::memory_order_seq_cst);
-    pthread_cond_broadcast(&cond);
-    pthread_mutex_unlock(&mutex);
-#endif
-  }
-
-  uint32_t wait_while(uint32_t old, int64_t spin_ns) {
-    uint32_t seen;
-    for (int i = 0; i < 64; ++i) {
-      if ((seen = value.load(std::memory_order_acquire)) != old) return seen;
-      pause_cpu();
-    }
-    const int64_t end = now_ns() + spin_ns;
-    do {
-      for (int i = 0; i < 16; ++i) {
-        if ((seen = value.load(std::memory_order_acquire)) != old) return seen;
-        pause_cpu();
-      }
-    } while (now_ns() < end);
-#if defined(__linux__)
-    sleepers.fetch_add(1, std::memory_order_seq_cst);
-    while ((seen = value.load(std::memory_order_seq_cst)) == old)
-      syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
-    sleepers.fetch_sub(1, std::memory_order_seq_cst);
-#else
-    pthread_mutex_lock(&mutex);
-    while ((seen = value.load(std::memory_order_seq_cst)) == old) pthread_cond_wait(&cond, &mutex);
-    pthread_mutex_unlock(&mutex);
-#endif
-    return seen;
-  }
-};
-
-}  // namespace
-
-// What is left of one thread's share of the running loop: first piece in the upper 32 bits, end in
-// the lower; FRESH until somebody looks at it.
-struct alignas(64) Share {
-  std::atomic<uint64_t> word{FRESH};
-  static constexpr uint64_t FRESH = ~0ull;
-};
-
-struct TeamShared {
-  alignas(64) Gate phase;
-  alignas(64) std::atomic<int> arrived{0};
-  Share* shares;
-};
-
-namespace {
+constexpr int64_t TURN_SPIN_NS = 5000;
 
 struct Pool {
   // One team at a time, in order of arrival: a mutex would let a caller in a tight loop take it
@@ -132,7 +38,6 @@ struct Worker {
 };
 
 std::atomic<Pool*> the_pool{nullptr};
-std::atomic<int> wanted_threads{0};
 thread_local bool in_team = false;
 
 // A child of fork() has none of the workers: it leaves the old pool
@@ -210,81 +115,7 @@ void alone(void (*fn)(Team&, void*), void* arg) {
   fn(team, arg);
 }
 
-#if defined(__linux__)
-// First number in a file such as ".../topology/core_id", or -1.
-long read_number(const char* path) {
-  FILE* f = fopen(path, "r");
-  if (!f) return -1;
-  long v = -1;
-  if (fscanf(f, "%ld", &v) != 1) v = -1;
-  fclose(f);
-  return v;
-}
-
-// Processors the cgroup's quota pays for, rounded up; a large number without a quota.
-int quota() {
-  FILE* f = fopen("/sys/fs/cgroup/cpu.max", "r");
-  long limit = -1, period = 0;
-  if (f) {
-    if (fscanf(f, "%ld %ld", &limit, &period) != 2) limit = -1;
-    fclose(f);
-  } else {
-    limit = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
-    period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  }
-  if (limit <= 0 || period <= 0) return 1 << 20;
-  return (int)((limit + period - 1) / period);
-}
-#endif
-
 }  // namespace
-
-void Team::barrier() {
-  TeamShared* s = shared;
-  if (size == 1) {
-    s->shares[0].word.store(Share::FRESH, std::memory_order_relaxed);
-    return;
-  }
-  const uint32_t phase = s->phase.value.load(std::memory_order_relaxed);
-  if (s->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-    s->arrived.store(0, std::memory_order_relaxed);
-    for (int i = 0; i < size; ++i) s->shares[i].word.store(Share::FRESH, std::memory_order_relaxed);
-    s->phase.publish(phase + 1);
-  } else {
-    s->phase.wait_while(phase, BARRIER_SPIN_NS);
-  }
-}
-
-bool Team::next(int64_t total, int64_t grain, int64_t* begin, int64_t* end) {
-  const int64_t pieces = (total + grain - 1) / grain;
-  auto left = [&](int who, uint64_t word) -> uint64_t {
-    if (word != Share::FRESH) return word;
-    return (uint64_t)(pieces * who / size) << 32 | (uint64_t)(pieces * (who + 1) / size);
-  };
-  int victim = rank;
-  for (;;) {
-    std::atomic<uint64_t>& share = shared->shares[victim].word;
-    uint64_t word = share.load(std::memory_order_relaxed);
-    for (;;) {
-      const uint64_t now = left(victim, word);
-      const int64_t first = (int64_t)(now >> 32), last = (int64_t)(now & 0xffffffff);
-      if (first >= last) break;
-      const int64_t piece = victim == rank ? first : last - 1;
-      const uint64_t then = victim == rank ? now + (1ull << 32) : now - 1;
-      if (!share.compare_exchange_weak(word, then, std::memory_order_relaxed)) continue;
-      *begin = piece * grain;
-      *end = *begin + grain < total ? *begin + grain : total;
-      return true;
-    }
-    int64_t most = 0;
-    for (int who = 0; who < size; ++who) {
-      const uint64_t now = left(who, shared->shares[who].word.load(std::memory_order_relaxed));
-      const int64_t here = (int64_t)(now & 0xffffffff) - (int64_t)(now >> 32);
-      if (here > most) most = here, victim = who;
-    }
-    if (most == 0) return false;
-  }
-}
 
 void pool_run(int threads, void (*fn)(Team&, void*), void* arg) {
   if (threads > MAX_THREADS) threads = MAX_THREADS;
@@ -312,51 +143,5 @@ void pool_run(int threads, void (*fn)(Team&, void*), void* arg) {
   in_team = false;
   give_turn(pool);
 }
-
-int max_threads() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  const long online = sysconf(_SC_NPROCESSORS_ONLN);
-  return online > 0 ? (int)online : 1;
-}
-
-int default_threads() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set)) return 1;
-  // A core counts once: its hyper-threads share the units that the products keep busy.
-  int cores = 0;
-  long seen[CPU_SETSIZE];
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (!CPU_ISSET(cpu, &set)) continue;
-    char path[128];
-    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/core_id", cpu);
-    const long core = read_number(path);
-    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/physical_package_id", cpu);
-    const long package = read_number(path);
-    const long key = core < 0 ? -1 - cpu : (package + 1) * 1000000 + core;
-    bool known = false;
-    for (int i = 0; i < cores; ++i) known |= seen[i] == key;
-    if (!known) seen[cores++] = key;
-  }
-  const int paid = quota();
-  if (cores > paid) cores = paid;
-  if (cores > MAX_THREADS) cores = MAX_THREADS;
-  return cores > 0 ? cores : 1;
-#else
-  return max_threads();
-#endif
-}
-
-int threads() {
-  const int wanted = wanted_threads.load();
-  if (wanted > 0) return wanted;
-  static const int automatic = default_threads();
-  return automatic;
-}
-
-void set_threads(int n) { wanted_threads.store(n > 0 ? n : 0); }
 
 }  // namespace ft

@@ -14,7 +14,7 @@ namespace ft {
 
 struct TeamShared;
 
-struct Team {  // handed to the function on every thread
+struct Team {  // team.cpp; handed to the function on every thread
   int rank, size;
   TeamShared* shared;
   // All threads meet. Everything written before is seen by everybody after. Spins for some tens of
@@ -28,9 +28,12 @@ struct Team {  // handed to the function on every thread
   bool next(int64_t total, int64_t grain, int64_t* begin, int64_t* end);
 };
 
-// The number of threads that take part is min(threads, max_threads(), 255).
+constexpr int MAX_THREADS = 255;
+
+// The number of threads that take part is min(threads, max_threads(), MAX_THREADS).
 void pool_run(int threads, void (*fn)(Team&, void*), void* arg);
 
+// -- processors.cpp
 int max_threads();      // processors this process may run on
 int default_threads();  // one per allowed core (not per hyper-thread), within the cgroup's quota
 int threads();          // what `threads = 0` stands for in the C ABI: ft_set_threads, else default

@@ -15,11 +15,11 @@ class System:
         import torch
 
         from foretell import __version__
-        from foretell.engine.llm import LLM, bundled_model
+        from foretell.engine.llm import LLM
         from foretell.models.load import find_checkpoint
 
         self.config = config
-        folder = find_checkpoint(config["model"] or bundled_model())
+        folder = find_checkpoint(config["model"] or None)
         self.llm = LLM.load(
             folder,
             draft="none",
@@ -63,7 +63,7 @@ class System:
         return found
 
     def promise(self, mode: str) -> str:
-        return str(self._method(mode).promise(self._params(1)))
+        return str(self._method(mode).rules.promise(self._params(1)))
 
     def fresh(self) -> None:
         """New drafters, rules and policies over the same weights: what one of them has learned

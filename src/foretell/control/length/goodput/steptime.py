@@ -8,44 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from foretell.control.length.estimates import Line
+from foretell.control.length.goodput.fits import Line, Tilt
 from foretell.core.protocols import CostModel, Timings
 
 T = TypeVar("T")
 OFFSETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-
-
-class Tilt:
-    """actual / predicted = c + d (x - mean x), over fading observations.
-
-    Means, not medians: what a busy machine adds to some steps is part of what steps take.
-    A prediction that is wrong by a factor is mended at once; one that is wrong in its slope as soon
-    as different x were seen. Until then d is 0.
-    """
-
-    KEEP = 0.97  # what is left of an observation after every further one
-    RIDGE = 0.5  # how much x must vary before a slope is believed
-    STEEPEST = 1.0
-    SURPRISE = 4.0  # an observation is at most so many times what was expected
-    LEAST = 0.05
-
-    def __init__(self) -> None:
-        self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
-        self.x = self.c = self.d = 0.0
-
-    def at(self, x: Any) -> Any:
-        return np.maximum(self.LEAST, self.c + self.d * (x - self.x))
-
-    def observe(self, x: float, r: float) -> None:
-        if self.n > 2:
-            r = min(r, self.SURPRISE * float(self.at(x)))
-        k = self.KEEP
-        self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
-        self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
-        self.x, self.c = self.sx / self.n, self.sr / self.n
-        spread = max(0.0, self.sxx - self.n * self.x * self.x)
-        slope = (self.sxr - self.n * self.x * self.c) / (spread + self.RIDGE)
-        self.d = min(max(slope, -self.STEEPEST), self.STEEPEST)
 
 
 class StepTime:
@@ -102,11 +69,20 @@ class StepTime:
         tilt = nearest(self.tilts, sequences)
         return np.maximum.accumulate(plain * tilt.at(np.log(rows)))
 
-    def forward_curve(self, sequences: int, context: int, extra: float) -> tuple:
-        """(rows, seconds) of forwards of `sequences` rows and up to `extra` more."""
+    def expected(
+        self, sequences: int, context: int, extra: float, found: float = 1.0
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """Seconds of a forward by its expected rows, of which up to `extra` are drafts. found: how
+        often there are drafts at all; (1 - found) of the forwards have none."""
         marks = [sequences + k for k in OFFSETS if k < extra]
         marks.append(sequences + max(1, math.ceil(extra)))
-        return np.array(marks), self.forward(marks, context, sequences)
+        cost = self.forward(marks, context, sequences)
+
+        def seconds(rows: np.ndarray) -> np.ndarray:
+            full = np.interp(sequences + (rows - sequences) / found, marks, cost)
+            return (1 - found) * cost[0] + found * full
+
+        return seconds
 
     def drafting(self, levels: Any, sequences: Any) -> Any:
         """Drafting so many levels (a number, or an array of numbers above 0) for so many sequences

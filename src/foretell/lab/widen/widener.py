@@ -35,7 +35,7 @@ from torch import Tensor
 
 from foretell.core.errors import InputError
 from foretell.lab.export.parts import Parts, has_bias, layer_norms, matrix_shapes
-from foretell.lab.widen_shape import Shape, wider
+from foretell.lab.widen.shape import Shape, wider
 
 QUIET = 0.25  # size of new rows relative to trained ones
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes: whole, and as the chunks of a stream.
+"""What all answers have in common.
 
 One token is one chunk, whatever the size of the step it came from. A chunk without anything unusual
 is put together from two strings made once and the token's text, since at 32 streams a dictionary
@@ -15,19 +15,10 @@ from typing import Any, ClassVar
 from foretell.engine.outputs import RequestOutput, SampleOutput
 from foretell.engine.sequence import TokenEvent
 from foretell.models.text.tokenizer import Tokenizer
-from foretell.serve.blocks import (
-    BLOCK,
-    Level,
-    Ruler,
-    chat_logprobs,
-    logprobs,
-    metrics,
-    speculation,
-)
+from foretell.serve.blocks import BLOCK, Level, metrics, speculation
 from foretell.serve.job import Job
 from foretell.serve.prepare import Ask
-from foretell.serve.schema import ChatRequest, CompletionRequest, Sampling
-from foretell.serve.tools import CallParser
+from foretell.serve.schema import Sampling
 
 DONE = "data: [DONE]\n\n"
 
@@ -196,146 +187,3 @@ class Answer:
         self, index: int, at: int, sample: SampleOutput, output: RequestOutput
     ) -> dict[str, Any]:
         raise NotImplementedError
-
-
-class Completion(Answer):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-    body: CompletionRequest
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.rulers = []
-        if self.ask.params.logprobs is not None:
-            for at, job in enumerate(self.jobs):
-                start = len(self._prompt_text(at)) if self.ask.echo else 0
-                for _ in range(self.n):
-                    self.rulers.append(Ruler(self.tokenizer.stream(job.prompt_ids), start))
-
-    def _frame(self, index: int) -> tuple[str, str]:
-        end = f', "logprobs": null, "finish_reason": null}}]{self._tail}'
-        return f'{self._head}"choices": [{{"index": {index}, "text": ', end
-
-    def first(self, at: int) -> Iterator[str]:
-        if not self.ask.echo:
-            return
-        text = self._prompt_text(at)
-        yield from self._opening(
-            at,
-            lambda index: {"text": text, "logprobs": self._logprobs(index, [], [], prompt=True)},
-        )
-
-    def _chunk(self, index: int, at: int, event: TokenEvent) -> dict[str, Any]:
-        shown = not self.ask.drop
-        text = event.text if shown else ""
-        entries = [event.logprob] if shown else []
-        found = self._logprobs(index, [event.token], entries)
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": found,
-            "finish_reason": event.finish_reason,
-            **self._extras(event),
-        }
-
-    def _choice(
-        self, index: int, at: int, sample: SampleOutput, output: RequestOutput
-    ) -> dict[str, Any]:
-        before = self._prompt_text(at) if self.ask.echo else ""
-        text, entries = sample.text, sample.logprobs or []
-        if self.ask.drop:
-            text, entries = "", []
-        found = self._logprobs(index, sample.token_ids, entries, prompt=self.ask.echo)
-        return {
-            "index": index,
-            "text": before + text,
-            "logprobs": found,
-            "finish_reason": sample.finish_reason,
-            **self._all_extras(sample),
-            **self._prompt_ids(output.prompt_ids),
-        }
-
-    def _prompt_text(self, at: int) -> str:
-        given = self.ask.texts[at]
-        return self.tokenizer.decode(self.jobs[at].prompt_ids) if given is None else given
-
-    def _logprobs(
-        self, index: int, tokens: Sequence[int], entries: Sequence[Any], prompt: bool = False
-    ) -> dict[str, Any] | None:
-        """The block over the prompt's tokens, if asked for, and those of `entries`."""
-        if self.ask.params.logprobs is None:
-            return None
-        spell = bool(self.body.return_tokens_as_token_ids)
-        found = logprobs(self.tokenizer, tokens, entries, self.rulers[index], spell)
-        if prompt:
-            job, start = self.jobs[index // self.n], Ruler(self.tokenizer.stream())
-            front = logprobs(self.tokenizer, job.prompt_ids, job.prompt_logprobs, start, spell)
-            found = {k: front[k] + found[k] for k in found}
-        return found
-
-
-class Chat(Answer):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    body: ChatRequest
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.parsers = [self._parser() for _ in self.counts]
-
-    def _parser(self) -> CallParser:
-        return CallParser(single=self.body.parallel_tool_calls is False)
-
-    def _frame(self, index: int) -> tuple[str, str]:
-        end = f'}}, "logprobs": null, "finish_reason": null}}]{self._tail}'
-        return f'{self._head}"choices": [{{"index": {index}, "delta": {{"content": ', end
-
-    def first(self, at: int) -> Iterator[str]:
-        delta = {"role": "assistant", "content": ""}
-        return self._opening(at, lambda index: {"delta": delta, "logprobs": None})
-
-    def _chunk(self, index: int, at: int, event: TokenEvent) -> dict[str, Any]:
-        text, reason = event.text, event.finish_reason
-        delta: dict[str, Any] = {"content": text}
-        if self.ask.tools:
-            parser = self.parsers[index]
-            text, calls = parser.push(text)
-            if reason is not None:
-                text += parser.flush()
-                reason = "tool_calls" if parser.count and reason == "stop" else reason
-            delta = {"content": text, **({"tool_calls": calls} if calls else {})}
-        found = None
-        if event.logprob is not None:
-            found = chat_logprobs(self.tokenizer, [event.token], [event.logprob])
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": found,
-            "finish_reason": reason,
-            **self._extras(event),
-        }
-
-    def _choice(
-        self, index: int, at: int, sample: SampleOutput, output: RequestOutput
-    ) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": sample.text, "refusal": None}
-        reason = sample.finish_reason
-        if self.ask.tools:
-            parser = self._parser()
-            text, calls = parser.push(sample.text)
-            text += parser.flush()
-            message["content"] = text if text or not calls else None
-            if calls:
-                reason = "tool_calls" if reason == "stop" else reason
-                message["tool_calls"] = [
-                    {k: v for k, v in call.items() if k != "index"} for call in calls
-                ]
-        found = None
-        if sample.logprobs is not None:
-            found = chat_logprobs(self.tokenizer, sample.token_ids, sample.logprobs)
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": found,
-            "finish_reason": reason,
-            **self._all_extras(sample),
-            **self._prompt_ids(output.prompt_ids),
-        }

@@ -1,0 +1,79 @@
+"""Straight lines through fading observations of what things take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class Line:
+    """Seconds = a + b x with a, b >= 0, by least squares over fading observations.
+
+    Where x never moved a and b cannot be told apart; they are taken as equal then.
+    """
+
+    KEEP = 0.97  # what is left of an observation after every further one
+    RIDGE = 0.02
+    SURPRISE = 4.0  # an observation counts for at most so many times what was expected
+
+    def __init__(self) -> None:
+        self.n = self.sx = self.sy = self.sxx = self.sxy = 0.0
+        self.a = self.b = 0.0
+
+    @property
+    def spread(self) -> float:
+        """Variance of x."""
+        return self.sxx / self.n - (self.sx / self.n) ** 2
+
+    def at(self, x: float) -> float:
+        return self.a + self.b * x
+
+    def observe(self, x: float, y: float) -> None:
+        if self.n > 2:
+            y = min(y, self.SURPRISE * max(self.at(x), 1e-9))
+        k = self.KEEP
+        self.n, self.sx, self.sy = k * self.n + 1, k * self.sx + x, k * self.sy + y
+        self.sxx, self.sxy = k * self.sxx + x * x, k * self.sxy + x * y
+        pull = self.RIDGE * self.n  # towards a = b
+        n, sxx, sx = self.n + pull, self.sxx + pull, self.sx - pull
+        det = n * sxx - sx * sx
+        self.a = (self.sy * sxx - sx * self.sxy) / det
+        self.b = (n * self.sxy - sx * self.sy) / det
+        if self.b < 0:
+            self.a, self.b = self.sy / self.n, 0.0
+        elif self.a < 0:
+            self.a, self.b = 0.0, self.sxy / self.sxx
+
+
+class Tilt:
+    """actual / predicted = c + d (x - mean x), over fading observations.
+
+    Means, not medians: what a busy machine adds to some steps is part of what steps take.
+    A prediction that is wrong by a factor is mended at once; one that is wrong in its slope as soon
+    as different x were seen. Until then d is 0.
+    """
+
+    KEEP = 0.97  # what is left of an observation after every further one
+    RIDGE = 0.5  # how much x must vary before a slope is believed
+    STEEPEST = 1.0
+    SURPRISE = 4.0  # an observation is at most so many times what was expected
+    LEAST = 0.05
+
+    def __init__(self) -> None:
+        self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
+        self.x = self.c = self.d = 0.0
+
+    def at(self, x: Any) -> Any:
+        return np.maximum(self.LEAST, self.c + self.d * (x - self.x))
+
+    def observe(self, x: float, r: float) -> None:
+        if self.n > 2:
+            r = min(r, self.SURPRISE * float(self.at(x)))
+        k = self.KEEP
+        self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
+        self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
+        self.x, self.c = self.sx / self.n, self.sr / self.n
+        spread = max(0.0, self.sxx - self.n * self.x * self.x)
+        slope = (self.sxr - self.n * self.x * self.c) / (spread + self.RIDGE)
+        self.d = min(max(slope, -self.STEEPEST), self.STEEPEST)

@@ -1,0 +1,227 @@
+"""Draft as much as pays on this machine, for this batch, now; nothing where it does not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import numpy as np
+
+from foretell.control.length.company import decided
+from foretell.control.length.fixed import UNLIMITED, Fixed
+from foretell.control.length.goodput.allocate import allocate, promise, together
+from foretell.control.length.goodput.habits import Habits, widths
+from foretell.control.length.goodput.probes import Probes
+from foretell.control.length.goodput.records import Record, curves, welcome
+from foretell.control.length.goodput.steptime import StepTime
+from foretell.control.length.goodput.written import Written
+from foretell.core.errors import InputError
+from foretell.core.feedback import Verdict
+from foretell.core.protocols import Budget, BuildContext, CostModel, Load, SeqView, Timings
+from foretell.core.tree import TokenTree
+
+FALLBACK = 4  # levels, where nothing is known about costs
+START = 2  # most levels while the time of a draft is unknown
+NOTHING = Budget(0, 0)
+
+
+class Goodput:
+    """For every sequence the number of levels, 0 included, that maximises the expected tokens per
+    second of the whole step.
+
+    Expected tokens come from what verdicts have shown (`Habits` of all sequences with the same
+    drafter and way of drawing, each one's own `Record`), which includes how often the drafter finds
+    anything. Seconds are the cost model's for the target's forward of all rows, as real steps have
+    tilted it, plus what drafting so many levels lately took (`StepTime`). One length for all is
+    chosen, and lengths of their own where these promise `OWN` more: levels in order of tokens per
+    row, over all sequences, up to the best cut (`allocate`). A choice is kept for `every` steps
+    (later for more, where nothing changes) or until the company has changed by a quarter, and left
+    only for one that promises `MARGIN` more; newcomers do as most do. What the other way would cost
+    and bring is measured, not guessed (`Probes`).
+
+    tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
+    of measured costs, for example ``10/10/10/12/14``; draft: what drafting a level takes, in the
+    same unit. With both the choice does not depend on the clock. Outputs never depend on it where
+    drafts cannot change them (greedy, replay); under rejection the law stays and a seed means the
+    same only with both given, in the same company. Without any costs 4 levels are drafted.
+
+    Paper: Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using
+    Goodput" (2024), with an allocation per sequence. Promise: keeps that of the verifier.
+    """
+
+    name = "goodput"
+    paper = "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput"
+    summary = "for each sequence the draft length, or none, with the most tokens per second"
+
+    MARGIN = 0.02
+    OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
+    NAP = 4  # steps without drafts after which catching up takes no time to speak of
+    PATIENCE = 4  # so many choices that change nothing, and they come this much more seldom
+    CROWD = 32  # with more sequences not every step is learned from
+    SOME = 4  # where nobody drafts one of so many steps is learned from
+
+    def __init__(
+        self, cost: CostModel, tokens: int = 12, every: int = 8, draft: float | None = None
+    ) -> None:
+        check(tokens, every, draft)
+        self.cost, self.tokens, self.every = cost, tokens, every
+        self.time = StepTime(cost, draft)
+        self.probes = Probes(self.time, plain=draft is None)
+        self.habits: dict[Any, Habits] = {}  # by way of drawing and drafter
+        self.views: list[SeqView] = []
+        self.asked: list[int] = []
+        self.steps = self.told = 0  # steps in all, and those that `time` knows of
+        self.age = self.chosen_for = 0  # steps since the last choice, sequences in it
+        self.patience = every  # steps until the next choice
+        self.quiet = 0  # choices that changed nothing
+        self.fresh = 0  # sequences that draft for the first time
+        self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
+        self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
+
+    @classmethod
+    def build(
+        cls,
+        context: BuildContext | None,
+        tokens: int = 12,
+        every: int = 8,
+        target: str = "",
+        draft: float | None = None,
+    ) -> Goodput | Fixed:
+        check(tokens, every, draft)
+        cost = context.cost if context is not None else None
+        if target:
+            cost = Written.parse(target)
+        if cost is not None:
+            return cls(cost, tokens, every, draft)
+        few = min(FALLBACK, tokens)
+        warnings.warn(
+            f"goodput knows no costs here, so it drafts {few} levels: "
+            "give it target=.. and draft=..",
+            stacklevel=2,
+        )
+        return Fixed(few)
+
+    def budgets(self, views: Sequence[SeqView], load: Load) -> list[Budget]:
+        if self._is_calm(views):
+            return self.nothing
+        self.views = list(views)
+        arrivals = sum(v.effort is None for v in views)
+        records = [v.effort or self._record(v) for v in views]
+        self.age, self.steps = self.age + 1, self.steps + 1
+        self.time.went_by(self.steps - self.told, arrivals)
+        self.told = self.steps
+        most = self.tokens
+        limits = [min(most, v.most_drafts) if v.control else most for v in views]
+        if self._is_due(records):
+            self._choose(records, limits)
+        else:
+            welcome(records)
+        levels = [r.tokens if r.tokens < k else k for r, k in zip(records, limits, strict=True)]
+        vary = self.steps % self.every == 0
+        levels = self.probes.look(views, records, levels, limits, vary)
+        self.clean, self.fresh, self.asked, budgets = True, 0, [], []
+        for r, k, v in zip(records, levels, views, strict=True):
+            if k:
+                self.clean = self.clean and r.drafted and self.steps - r.last <= self.NAP
+                self.fresh += not r.drafted
+                r.last, r.drafted = self.steps, True
+                room = v.params.max_tokens - len(v.tokens) + v.prompt_len - 1
+                self.asked.append(min(k, max(0, room)))
+                budgets.append(Budget(UNLIMITED, k))
+            else:
+                self.asked.append(0)
+                budgets.append(NOTHING)
+        self.nothing = [] if any(self.asked) or self.probes.spell else budgets
+        return budgets
+
+    def _is_calm(self, views: Sequence[SeqView]) -> bool:
+        """Whether nobody drafts and nothing is to be thought about: most steps of a full server,
+        which are to cost nothing."""
+        if len(views) != len(self.nothing) or not all(map(is_, views, self.views)):
+            return False
+        if self.age + 1 >= min(self.patience, self.steps // 4) or not self.probes.rest():
+            return False
+        self.age, self.steps = self.age + 1, self.steps + 1
+        return True
+
+    def _is_due(self, records: Sequence[Record]) -> bool:
+        """Whether to choose anew: after `every` steps (sooner in the beginning), when the company
+        has grown or shrunk by a quarter, and for the first of all."""
+        if self.age >= min(self.patience, self.steps // 4):
+            return True
+        moved = abs(len(records) - self.chosen_for)
+        return 4 * moved > self.chosen_for or not any(r.met for r in records)
+
+    def _choose(self, records: Sequence[Record], limits: Sequence[int]) -> None:
+        most = self.tokens if self.time.known else min(START, self.tokens)
+        gain, rows, seen = curves(records, most)
+        beyond = np.arange(most) >= np.array(limits)[:, None]
+        gain[beyond] = rows[beyond] = 0.0
+        # drafts of one sequence are all there or not at all; of many, about as many as expected
+        found = float(seen[0]) if len(records) == 1 else 1.0
+        context, extra = sum(v.cached for v in self.views), float(rows.sum()) / found
+        forward, draft = self.time.expected(len(records), context, extra, found), self.time.drafting
+        welcome(records)
+        old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
+        rates = together(gain, rows, forward, draft)
+        levels, rate = [int(rates.argmax())] * len(records), float(rates.max())
+        old_rate = float(rates[old[0]])
+        if len(records) > 1:
+            own, own_rate = allocate(gain, rows, forward, draft)
+            if own_rate > (1 + self.OWN) * rate:
+                levels, rate = own, own_rate
+            old_rate = promise(old, gain, rows, forward, draft)
+        self.quiet += 1
+        if rate > (1 + self.MARGIN) * old_rate or not all(r.met for r in records):
+            old_rate, self.quiet = rate, 0
+            for record, k in zip(records, levels, strict=True):
+                record.tokens, record.met = k, True
+        self.patience = self.every * (self.PATIENCE if self.quiet > self.PATIENCE else 1)
+        self.age, self.chosen_for = 0, len(records)
+        levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
+        self.probes.settle(self.views, records, levels, limits, most, forward, old_rate)
+
+    def observe(
+        self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict], timings: Timings
+    ) -> None:
+        if self.nothing and self.steps % self.SOME:
+            return
+        awake, levels = sum(k > 0 for k in self.asked), 0
+        crowd = 1 + len(self.views) // self.CROWD
+        if awake and (self.probes.drafting or self.steps % crowd == 0):
+            levels = self._learn(trees, verdicts)
+        elif crowd > 1:
+            awake = 0  # so many verdicts a step that some of the steps teach enough
+        self.probes.observe(timings.draft)
+        self.time.observe(timings, levels, awake, self.fresh, self.clean, not self.probes.cold)
+
+    def _learn(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict]) -> int:
+        """From the verdicts of a step; returns the levels of the deepest draft."""
+        deepest = 0
+        for (view, tree, verdict), asked in zip(
+            decided(self.views, trees, verdicts), self.asked, strict=False
+        ):
+            if asked:
+                record, drafted = self._record(view), widths(tree)
+                record.observe(asked, len(drafted), verdict)
+                record.habits.observe(asked, drafted, verdict)
+                deepest = max(deepest, len(drafted))
+        return deepest
+
+    def _record(self, view: SeqView) -> Record:
+        if view.effort is None:
+            kind = (view.draw, view.control.drafter if view.control is not None else None)
+            if kind not in self.habits:
+                self.habits[kind] = Habits(self.tokens)
+            view.effort = Record(self.habits[kind])
+        return view.effort
+
+
+def check(tokens: int, every: int, draft: float | None) -> None:
+    for key, value in (("tokens", tokens), ("every", every)):
+        if value < 1:
+            raise InputError(f"goodput:{key}={value} makes no sense: it is at least 1.")
+    if draft is not None and draft < 0:
+        raise InputError(f"goodput:draft={draft} makes no sense: drafting takes some time.")

@@ -1,0 +1,82 @@
+"""What is known of one sequence, and what levels of drafts are expected to bring it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from foretell.control.length.goodput.habits import Habits
+from foretell.core.feedback import Verdict
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one sequence; it leans on the habits of all."""
+
+    habits: Habits
+    tried: float = 0.0
+    won: float = 0.0
+    total: int = 0  # verdicts on its drafts, ever
+    asks: float = 0.0
+    found: float = 0.0
+    tokens: int = 0  # levels it is given now
+    last: int = 0  # the step in which it last drafted
+    drafted: bool = False  # at least once
+    met: bool = False  # levels were chosen for it
+
+    KEEP = 0.96
+    WEIGHT = 10.0  # observations of its own that the habits are worth
+    HOPE = 0.5  # standard deviations: a text that was tried seldom may be better than it looked;
+    # less in company, where others show what is to be had
+
+    def observe(self, asked: int, deep: int, verdict: Verdict) -> None:
+        k = self.KEEP
+        self.asks, self.found = k * self.asks + 1, k * self.found + (deep > 0)
+        if verdict.checked:
+            self.total += verdict.checked
+            self.tried = k * self.tried + verdict.checked
+            self.won = k * self.won + verdict.accepted
+
+    def curve(self, most: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """For levels 1..most what each is expected to add: emitted tokens and forward rows; and
+        how often anything is drafted."""
+        gain, rows, found = curves([self], most)
+        return gain[0], rows[0], float(found[0])
+
+
+def curves(
+    records: Sequence[Record], most: int, hope: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`Record.curve` of B sequences at once: gain [B, most], rows [B, most], found [B]. hope:
+    whether what was seldom tried counts as better than it looked."""
+    w = Record.WEIGHT
+    numbers = np.array([(r.tried, r.won, r.total, r.asks, r.found) for r in records])
+    tried, won, total, asks, found = numbers.T
+    gain, rows = np.empty((len(records), most)), np.empty((len(records), most))
+    for habits in {id(r.habits): r.habits for r in records}.values():
+        mine = np.array([r.habits is habits for r in records])
+        usual = habits.read()
+        seen = (found[mine] + w * usual.there[0]) / (asks[mine] + w)
+        own = (won[mine] + w * (usual.hope if hope else usual.mean)) / (tried[mine] + w)
+        if hope:
+            own += Record.HOPE * np.sqrt(own * (1 - own) / (total[mine] + w) / mine.sum())
+        rates = np.minimum(own[:, None] * usual.shape[:most], 0.995)
+        there = usual.there[:most].copy()
+        there[0] = 1.0
+        exist = seen[:, None] * there.cumprod()
+        gain[mine], rows[mine] = exist * rates.cumprod(1), exist * usual.widths[:most]
+        found[mine] = seen
+    return gain, rows, found
+
+
+def welcome(records: Sequence[Record]) -> None:
+    """Newcomers do as most of those do whose drafts are like theirs."""
+    if all(r.met for r in records):
+        return
+    for r in records:
+        if not r.met:
+            known = sorted(o.tokens for o in records if o.met and o.habits is r.habits)
+            r.tokens = known[len(known) // 2] if known else 0
+            r.met = bool(known)

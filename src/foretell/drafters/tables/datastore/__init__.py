@@ -1,0 +1,1 @@
+"""Files of tokens and their suffix arrays: written once, read through the page cache."""

@@ -1,0 +1,1 @@
+"""Give a small model a large one's cost and the same output."""

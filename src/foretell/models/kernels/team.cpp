@@ -1,0 +1,62 @@
+// Barriers and the sharing out of loops: see Team in pool.h.
+#include "team.h"
+
+#include "pool.h"
+
+namespace ft {
+namespace {
+
+// How long a thread spins before it sleeps: the others are on their way, and waking a sleeper costs
+// about as much. Longer spins do not help a machine that is ours and hurt one that is shared.
+constexpr int64_t BARRIER_SPIN_NS = 50000;
+
+}  // namespace
+
+void Team::barrier() {
+  TeamShared* s = shared;
+  if (size == 1) {
+    s->shares[0].word.store(Share::FRESH, std::memory_order_relaxed);
+    return;
+  }
+  const uint32_t phase = s->phase.value.load(std::memory_order_relaxed);
+  if (s->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    s->arrived.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < size; ++i) s->shares[i].word.store(Share::FRESH, std::memory_order_relaxed);
+    s->phase.publish(phase + 1);
+  } else {
+    s->phase.wait_while(phase, BARRIER_SPIN_NS);
+  }
+}
+
+bool Team::next(int64_t total, int64_t grain, int64_t* begin, int64_t* end) {
+  const int64_t pieces = (total + grain - 1) / grain;
+  auto left = [&](int who, uint64_t word) -> uint64_t {
+    if (word != Share::FRESH) return word;
+    return (uint64_t)(pieces * who / size) << 32 | (uint64_t)(pieces * (who + 1) / size);
+  };
+  int victim = rank;
+  for (;;) {
+    std::atomic<uint64_t>& share = shared->shares[victim].word;
+    uint64_t word = share.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t now = left(victim, word);
+      const int64_t first = (int64_t)(now >> 32), last = (int64_t)(now & 0xffffffff);
+      if (first >= last) break;
+      const int64_t piece = victim == rank ? first : last - 1;
+      const uint64_t then = victim == rank ? now + (1ull << 32) : now - 1;
+      if (!share.compare_exchange_weak(word, then, std::memory_order_relaxed)) continue;
+      *begin = piece * grain;
+      *end = *begin + grain < total ? *begin + grain : total;
+      return true;
+    }
+    int64_t most = 0;
+    for (int who = 0; who < size; ++who) {
+      const uint64_t now = left(who, shared->shares[who].word.load(std::memory_order_relaxed));
+      const int64_t here = (int64_t)(now & 0xffffffff) - (int64_t)(now >> 32);
+      if (here > most) most = here, victim = who;
+    }
+    if (most == 0) return false;
+  }
+}
+
+}  // namespace ft
