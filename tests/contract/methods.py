@@ -65,6 +65,10 @@ DRAFTERS = {
         "merge:of=draft-model(tokens=2,branching=2)+prompt-lookup(min_ngram=1),nodes=9",
         "merge:of=draft-model(tokens=2)+draft-model(tokens=2,branching=2),nodes=12",
     ],
+    "blend": [
+        "blend:of=suffix+token-recycling(nodes=12),floor=0.02",
+        "blend:of=prompt-lookup(min_ngram=1)+suffix(branching=3)+token-recycling(nodes=4),nodes=5,floor=0",
+    ],
     "bandit": [
         "bandit",
         "bandit:of=draft-model(tokens=2)+suffix+none,rule=exp3",

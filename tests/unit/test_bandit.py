@@ -10,7 +10,8 @@ from foretell import LLM, SamplingParams
 from foretell.core import registry
 from foretell.drafters import bandit
 from foretell.drafters.arms import START, Arms
-from foretell.drafters.bandit import DWELL, repetition
+from foretell.drafters.bandit import repetition
+from foretell.drafters.pulls import DWELL
 from helpers_model import pair
 
 # Of each drafter: the chance that a drafted token stands, the longest draft, the chance that a step
@@ -145,15 +146,15 @@ def test_requests_share_what_their_class_has_learned() -> None:
     one, other = [1, 2, 3, 4], [1, 2] * 10
     params = SamplingParams(max_tokens=60)
     llm.generate([one], params)
-    assert len(drafter.known) == 1
-    (arms,) = drafter.known.values()
+    assert len(drafter.player.known) == 1
+    (arms,) = drafter.player.known.values()
     learned = sum(a.pulls for a in arms.arms)
     assert learned >= 3
     llm.generate([one], params)
-    assert len(drafter.known) == 1
+    assert len(drafter.player.known) == 1
     assert sum(a.pulls for a in arms.arms) > learned
     llm.generate([other], params)
-    assert len(drafter.known) == 2
+    assert len(drafter.player.known) == 2
 
 
 def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ class TestSpecs:
             ("merge", "needs of="),
             ("fallback:of=suffix+sufix", "did you mean 'suffix'"),
             ("merge:of=suffix+none,nodes=0", "nodes is at least 1"),
-            ("bandit:rule=best", "neither 'ucb' nor 'exp3'"),
+            ("bandit:rule=best", "none of watch, ucb, exp3"),
             ("rasd:of=suffix+draft-model", "looks tokens up"),
             ("rasd:of=draft-model+none", "looks tokens up"),
             ("rasd:of=draft-model+suffix,store=x", "not both"),

@@ -36,6 +36,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
             "del": "foretell.drafters.del_exit:DynamicExit",
             "fallback": "foretell.drafters.fallback:Fallback",
             "merge": "foretell.drafters.merge:Merge",
+            "blend": "foretell.drafters.blend:Blend",
             "bandit": "foretell.drafters.bandit:Bandit",
             "choice": "foretell.drafters.choice:Choice",
             "rasd": "foretell.drafters.rasd:Rasd",

@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
-from foretell.core.protocols import Budget, BuildContext, SeqView
+from foretell.core.protocols import Budget, BuildContext, CostModel, SeqView
 from foretell.core.tree import TokenTree
-from foretell.drafters.arms import Arms
 from foretell.drafters.compose import Composed
+from foretell.drafters.looks import Looks
+from foretell.drafters.pulls import Pulls
 
 EAR = 8  # one step of so many of other parts' is told to a part that reads rows of logits
-DWELL = 4  # steps an arm is played before its reward is read; the first pays for catching up
-DEFAULT = "prompt-lookup+suffix+token-recycling+none"
+RULES = ("watch", "ucb", "exp3")
+DEFAULT = "blend+suffix+prompt-lookup+none"
+
+
+class Player(Protocol):
+    """How a bandit learns which part is best; `play` is what it keeps of one sequence."""
+
+    def begin(self, key: Hashable, view: SeqView, parts: list[Any]) -> Any:
+        """A sequence of the class `key`, and its parts' states."""
+
+    def choose(self, play: Any) -> int:
+        """The part that drafts in this step."""
+        ...
+
+    def drafted(
+        self,
+        play: Any,
+        view: SeqView,
+        budget: Budget,
+        tree: TokenTree,
+        seconds: float,
+        sequences: int,
+    ) -> bool:
+        """The part's draft, and how long it took. True if the others were asked, too."""
+        ...
+
+    def over(self, play: Any, tokens: int, seconds: float, alone: bool) -> None:
+        """The step emitted so many tokens in so long; alone: no other sequence was in it."""
 
 
 @dataclass(slots=True)
 class BanditState:
-    """One sequence: its parts' states, the class it belongs to, and the pull under way."""
+    """One sequence: its parts' states, what the player keeps of it, and who drafts."""
 
     parts: list[Any]
-    arms: Arms
-    arm: int = -1
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    play: Any
+    part: int = -1
     started: float = 0.0
+    all_asked: bool = False
 
 
 class Bandit(Composed):
-    """Plays one of its parts at a time (``of=A+B+none``) and learns from the clock which of them
-    emits most tokens per second, drafting, target and verification included.
+    """Lets one of its parts draft at a time (``of=A+B+none``): the one that makes most tokens per
+    second, drafting, target and verification included.
 
-    What was learned is kept by class of request (how much of the prompt repeats itself, and
-    whether tokens are drawn or greedy) and shared by all requests of the class; a new class starts
-    from what the most played one knows. ``rule=ucb`` or ``exp3``. Parts sleep while others play;
-    those that learn from every step go on learning (from one in `EAR`, where that is dear). The
-    choice looks at the past alone, so no promise is touched; under `rejection` the tokens of a seed
-    depend on the draws and so on the clock, their law does not.
+    rule=``watch`` (default, where no part draws from a q): now and then all parts draft at the same
+    place, and the text that came tells what each would have got there (`looks.Looks`). No step is
+    spent on trying. ``ucb`` or ``exp3``: a part's worth is seen only by playing it, some steps at
+    a time (`pulls.Pulls`).
 
-    The clock starts when a part is asked and stops when the step is over. In simulation (DWELL
-    steps a pull, tests/unit/test_bandit.py) ucb loses 1 to 4 % against the best arm over the first
-    200 pulls and at most 2.1 % against plain decoding over 1000 where all arms are useless. When
-    the leader breaks down half of that is made up within 50 pulls and all within 75; that an arm
-    has become good while another leads shows only when it is looked at, and 10 to 15 % are still
-    lost after 75 to 150. exp3 assumes an adversary and loses 9 to 15 % over 200 pulls.
+    What was learned is kept by class of request (how much of the prompt repeats itself, and whether
+    tokens are drawn or greedy) and shared by all requests of the class; a new class starts from
+    what the best known one says. Parts sleep while others play; those that learn from every step go
+    on learning (from one in `EAR`, where that is dear). The choice looks at the past alone, so no
+    promise is touched; under `rejection` the tokens of a seed depend on the draws and so on the
+    clock, their law does not.
 
     Paper: Hou et al., "BanditSpec: Adaptive Speculative Decoding via Bandit Algorithms" (2025).
     Promise: that of the weakest part.
@@ -60,32 +83,47 @@ class Bandit(Composed):
     clocked = True  # what it drafts depends on the time things take
     summary = "learns which of several drafters emits most tokens per second (of=A+B+none)"
 
-    def __init__(self, parts: Sequence[Any], rule: str = "ucb", classes: bool = True) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        rule: str = "",
+        classes: bool = True,
+        cost: CostModel | None = None,
+    ) -> None:
         super().__init__(parts)
-        if rule not in ("ucb", "exp3"):
-            raise InputError(f"bandit:rule={rule} is neither 'ucb' nor 'exp3'.")
+        apart = any("q" in p.shapes or getattr(p, "own_trees_only", False) for p in parts)
+        rule = rule or ("ucb" if apart or cost is None else "watch")
+        if rule not in RULES:
+            raise InputError(f"bandit:rule={rule} is none of {', '.join(RULES)}.")
         self.rule, self.classes = rule, classes
-        self.known: dict[Any, Arms] = {}
         self.heard = 0  # steps
+        self.player: Player
+        if rule != "watch":
+            self.player = Pulls(len(parts), rule)
+        elif apart or cost is None:
+            raise InputError(
+                "bandit:rule=watch judges drafts that were not verified, which needs a cost model "
+                "and parts that draw nothing: use rule=ucb."
+            )
+        else:
+            self.player = Looks(len(parts), cost, self._ask_one)
 
     @classmethod
     def build(
-        cls, context: BuildContext, of: str = DEFAULT, rule: str = "ucb", classes: bool = True
+        cls, context: BuildContext, of: str = DEFAULT, rule: str = "", classes: bool = True
     ) -> Bandit:
-        return cls(cls.make_parts(context, of), rule, classes)
+        return cls(cls.make_parts(context, of), rule, classes, context.cost)
 
     def begin(self, view: SeqView) -> BanditState:
         key = (view.draw, repetition(view.tokens[: view.prompt_len])) if self.classes else None
-        if key not in self.known:
-            played = max(self.known.values(), key=lambda arms: arms.pulls, default=None)
-            self.known[key] = played.heir() if played else Arms(len(self.parts), self.rule)
-        return BanditState(super().begin(view), self.known[key])
+        parts = super().begin(view)
+        return BanditState(parts, self.player.begin(key, view, parts))
 
     def own(self, state: BanditState) -> list[Any]:
         return state.parts
 
     def drafted_by(self, state: BanditState, part: int) -> bool:
-        return state.arm == part
+        return state.part == part or state.all_asked
 
     def spares(self, part: int) -> bool:
         return self.heard % EAR > 0 and getattr(self.parts[part], "may_miss", False)
@@ -95,38 +133,39 @@ class Bandit(Composed):
     ) -> list[TokenTree]:
         found: list[TokenTree | None] = [None] * len(views)
         for s in states:
-            if s.arm < 0:
-                s.arm, s.steps, s.tokens, s.seconds = s.arms.choose(), 0, 0, 0.0
+            s.part = self.player.choose(s.play)
         for p in range(len(self.parts)):
-            mine = [i for i, s in enumerate(states) if s.arm == p]
-            if mine:
-                start = perf_counter()
-                trees = self.ask(
-                    p,
-                    [states[i].parts[p] for i in mine],
-                    [views[i] for i in mine],
-                    [budgets[i] for i in mine],
+            mine = [i for i, s in enumerate(states) if s.part == p]
+            if not mine:
+                continue
+            start = perf_counter()
+            trees = self.ask(
+                p,
+                [states[i].parts[p] for i in mine],
+                [views[i] for i in mine],
+                [budgets[i] for i in mine],
+            )
+            each = (perf_counter() - start) / len(mine)
+            for i, tree in zip(mine, trees, strict=True):
+                found[i], s = tree, states[i]
+                s.started = start
+                s.all_asked = self.player.drafted(
+                    s.play, views[i], budgets[i], tree, each, len(views)
                 )
-                for i, tree in zip(mine, trees, strict=True):
-                    found[i], states[i].started = tree, start
         return [t for t in found if t is not None]
+
+    def _ask_one(self, part: int, state: Any, view: SeqView, budget: Budget) -> TokenTree:
+        (tree,) = self.ask(part, [state], [view], [budget])
+        return tree
 
     def observe(self, states: Sequence[BanditState], feedback: Sequence[Feedback]) -> None:
         self.heard += 1
         super().observe(states, feedback)
         now = perf_counter()
         for s, f in zip(states, feedback, strict=True):
-            if s.arm >= 0 and f.verdict.tokens and s.started:
-                self._settle(s, len(f.verdict.tokens), now - s.started)
-            s.started = 0.0  # a step that it slept through says nothing about an arm
-
-    def _settle(self, s: BanditState, tokens: int, seconds: float) -> None:
-        s.steps += 1
-        if s.steps > 1 or s.arms.arms[s.arm].pulls:
-            s.tokens, s.seconds = s.tokens + tokens, s.seconds + seconds
-        if s.steps >= DWELL:
-            s.arms.reward(s.arm, s.tokens, s.seconds)
-            s.arm = -1
+            if s.started and f.verdict.tokens:
+                self.player.over(s.play, len(f.verdict.tokens), now - s.started, len(states) == 1)
+            s.started = 0.0  # a step that it slept through says nothing about a part
 
 
 def repetition(tokens: Sequence[int]) -> int:

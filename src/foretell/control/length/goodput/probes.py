@@ -31,6 +31,7 @@ class Probes:
     STEPS = 3  # of a probe: in the first one drafters catch up, the others are like any other
     SPELL = 2  # steps without drafts for their own sake; the first finds cold caches
     SELDOM = 16  # steps between two spells
+    AHEAD = 3  # a lead of drafting over plain decoding makes spells that many powers dearer
 
     def __init__(self, time: StepTime, plain: bool) -> None:
         self.time, self.plain = time, plain
@@ -145,7 +146,8 @@ class Probes:
             self.price = self.STEPS * max(0.0, loss)
         else:
             plain = float(forward(np.array([float(n)]))[0])
-            self.plain_price = self.SPELL * max(0.0, plain - step)
+            lead = max(1.0, plain / step)  # the greater it is, the less a spell could change
+            self.plain_price = self.SPELL * lead**self.AHEAD * max(0.0, plain - step)
 
 
 def idlers(levels: Sequence[int], limits: Sequence[int]) -> list[int]:

@@ -1,0 +1,159 @@
+"""Several tables' drafts as one tree, cut to what pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from foretell.core.errors import InputError
+from foretell.core.feedback import Feedback
+from foretell.core.protocols import Budget, BuildContext, CostModel, SeqView
+from foretell.core.tree import TokenTree
+from foretell.drafters.compose import Composed
+from foretell.drafters.tables.sharing import check_share, shares
+from foretell.drafters.tables.trust import Trust
+from foretell.drafters.tables.union import Union, judge, likeliest
+
+LOOK = 64  # steps between two looks at what forwards cost
+FLOOR = 0.05  # without costs: the least probable path that is drafted
+DEFAULT = "suffix+token-recycling"
+
+
+@dataclass(slots=True)
+class BlendState:
+    """One sequence: its parts' states, whom it trusts, and all that was proposed in this step."""
+
+    parts: list[Any]
+    trust: Trust
+    union: Union | None = None
+
+
+class Blend(Composed):
+    """All parts draft (``of=A+B``); of the union of their trees, prefixes shared, as many of the
+    likeliest nodes are kept as give the most expected tokens per second on this machine.
+
+    How likely a node is, is learnt from what came true: by which parts drafted it and what each
+    said of it (its score, or its rank among its siblings), two that agree being a case of their
+    own, and by level. What was not kept teaches as well: wherever the text went, it is known who
+    had been right. So nothing has to be tried to be judged, and a part that is wrong in this text
+    costs what its drafting takes and no rows. nodes: of the tree, at most. floor: keep the paths of
+    at least this chance instead, whatever they cost; 0.05 where there is no cost model.
+
+    The parts draft one-hot nodes; those with distributions (draft-model) belong into `merge`, for a
+    drawn node is never dropped. Requests under a rejection rule learn for themselves (``share``,
+    see `tables.sharing`), but without `floor` their tokens for a seed depend on the measured costs,
+    so on the clock; their law does not.
+
+    Papers: the prefix merge of Quan et al., "RASD: Retrieval-Augmented Speculative Decoding"
+    (2025), with the size rule of Chen et al., "Sequoia" (2024), and probabilities learnt online.
+    Promise: that of the weakest part.
+    """
+
+    name = "blend"
+    paper = "RASD: Retrieval-Augmented Speculative Decoding"
+    summary = "the likeliest nodes of several tables' trees, as many as pay (of=A+B)"
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        nodes: int = 32,
+        floor: float | None = None,
+        share: str = "exact",
+        cost: CostModel | None = None,
+    ) -> None:
+        super().__init__(parts)
+        if nodes < 1 or not 0 <= (floor or 0) < 1:
+            raise InputError("blend needs nodes >= 1 and a floor from 0 to below 1.")
+        drawn = [p.name for p in parts if "q" in p.shapes]
+        if drawn:
+            raise InputError(
+                f"blend drops nodes that do not pay, which '{drawn[0]}' may have drawn from a "
+                "distribution: use merge:of=.. for it."
+            )
+        self.nodes, self.share = nodes, check_share(self.name, share)
+        self.cost = cost if floor is None else None
+        self.floor = FLOOR if floor is None else floor
+        self.clocked = self.clocked or self.cost is not None
+        self.shapes = (self.shapes - {"chain"}) | {"tree"}
+        self.may_miss = any(getattr(p, "may_miss", False) for p in parts)
+        self.trust, self.steps = Trust(), 0
+        self._costs: dict[tuple[int, int], tuple[int, list[float]]] = {}
+
+    @classmethod
+    def build(
+        cls,
+        context: BuildContext,
+        of: str = DEFAULT,
+        nodes: int = 32,
+        floor: float | None = None,
+        share: str = "exact",
+    ) -> Blend:
+        return cls(cls.make_parts(context, of), nodes, floor, share, context.cost)
+
+    def begin(self, view: SeqView) -> BlendState:
+        trust = self.trust if shares(view, self.share) else Trust()
+        return BlendState(super().begin(view), trust)
+
+    def own(self, state: BlendState) -> list[Any]:
+        return state.parts
+
+    def propose(
+        self, states: Sequence[BlendState], views: Sequence[SeqView], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        self.steps += 1
+        for s in states:
+            s.union = Union()
+        for p in range(len(self.parts)):
+            for s, tree in zip(
+                states, self.ask(p, [s.parts[p] for s in states], views, budgets), strict=True
+            ):
+                assert s.union is not None
+                s.union.add(tree, p, len(self.parts))
+        return [
+            self._cut(s, v, b, len(views)) for s, v, b in zip(states, views, budgets, strict=True)
+        ]
+
+    def _cut(self, s: BlendState, view: SeqView, budget: Budget, sequences: int) -> TokenTree:
+        union, most = s.union, min(self.nodes, budget.nodes)
+        if union is None or not union.tokens or not most:
+            return TokenTree.context(view.pending)
+        chances, values = union.chances(s.trust), list[float]()
+        for chance, above in zip(chances, union.parents, strict=True):
+            values.append(chance * values[above] if above >= 0 else chance)
+        order = likeliest(values, union.parents, budget.branching)[:most]
+        kept = sorted(order[: self._size([values[i] for i in order], view, sequences)])
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        return TokenTree.grown(
+            view.pending,
+            np.array([union.tokens[i] for i in kept], np.int64),
+            np.array([place[union.parents[i]] for i in kept], np.int64),
+            np.array([union.levels[i] for i in kept], np.int64),
+            np.array([chances[i] for i in kept]),
+        )
+
+    def _size(self, values: Sequence[float], view: SeqView, sequences: int) -> int:
+        """How many of the likeliest nodes to draft, likeliest first."""
+        if self.cost is None:
+            return sum(v >= self.floor for v in values)
+        key = (sequences, view.cached // 256)
+        known = self._costs.get(key)
+        if known is None or self.steps - known[0] >= LOOK:
+            if len(self._costs) > 256:
+                self._costs.clear()
+            rows = range(sequences, sequences * (self.nodes + 2), sequences)
+            costs = [self.cost.seconds(r, view.cached * sequences, sequences) for r in rows]
+            known = self._costs[key] = (self.steps, costs)
+        gain = accumulate(values, initial=1.0)
+        rates = [g / c for g, c in zip(gain, known[1], strict=False)]
+        return rates.index(max(rates))
+
+    def observe(self, states: Sequence[BlendState], feedback: Sequence[Feedback]) -> None:
+        super().observe(states, feedback)
+        for s, f in zip(states, feedback, strict=True):
+            if s.union is not None and f.tokens:
+                judge(s.union, f.tokens, s.trust)
+            s.union = None

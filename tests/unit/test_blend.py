@@ -1,0 +1,115 @@
+"""The blend: prefixes shared, chances learnt from all that was proposed, as many nodes as pay."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from foretell import LLM, SamplingParams
+from foretell.core import registry
+from foretell.core.errors import InputError
+from foretell.core.tree import TokenTree
+from foretell.drafters.blend import Blend
+from foretell.drafters.tables.trust import MEMORY, SHARED, Trust, said
+from foretell.drafters.tables.union import Union, judge, likeliest
+from helpers_model import Cost, pair
+
+
+def union(*trees: TokenTree) -> Union:
+    whole = Union()
+    for part, tree in enumerate(trees):
+        whole.add(tree, part, len(trees))
+    return whole
+
+
+def test_a_union_shares_prefixes_and_remembers_who_said_what() -> None:
+    first = TokenTree.chain([9], [1, 2, 3])
+    second = TokenTree.build([9], [1, 5, 4, 2], [-1, -1, 0, 0], score=[0.95, 0.2, 0.7, 0.1])
+    whole = union(first, second)
+    assert whole.tokens == [1, 2, 3, 5, 4]
+    assert whole.parents == [-1, 0, 1, -1, 0]
+    assert whole.levels == [1, 2, 3, 1, 2]
+    assert whole.marks == [
+        [said(None, 0), said(0.95, 0)],
+        [said(None, 0), said(0.1, 1)],
+        [said(None, 0), 0],
+        [0, said(0.2, 1)],
+        [0, said(0.7, 0)],
+    ]
+
+
+def test_nodes_that_are_no_candidates_stay_out() -> None:
+    tree = TokenTree.build([9], [1, 2, 3], [-1, 0, -1])
+    tree.kill(TokenTree.build([9], [1, 2, 3], [-1, 0, -1]).tokens == 1)
+    assert union(tree).tokens == [3]
+
+
+def test_what_came_true_is_learnt_of_nodes_that_were_not_drafted_too() -> None:
+    trust = Trust()
+    whole = union(TokenTree.build([9], [1, 2, 3, 4], [-1, -1, 0, 2]))
+    whole.chances(trust)
+    judge(whole, [1, 3, 7], trust)
+    judged = {key: (c.hits, c.tries) for key, c in trust.cells.items()}
+    assert judged == {
+        (1, (said(None, 0),)): (1, 1),  # 1 came
+        (1, (said(None, 1),)): (0, 1),  # its sibling 2 did not
+        (2, (said(None, 0),)): (1, 1),  # 3 came behind 1
+        (3, (said(None, 0),)): (0, 1),  # 4 did not behind 3
+    }
+    judge(whole, [8], trust)  # nothing is known of what stands below a refused token
+    assert trust.cells[(2, (said(None, 0),))].tries == 1
+
+
+def test_chances_are_learnt_and_agreement_is_a_case_of_its_own() -> None:
+    dice, trust = random.Random(0), Trust()
+    alone, both = (said(None, 0), 0), (said(None, 0), said(0.5, 0))
+    for _ in range(600):
+        trust.judged += 1
+        trust.saw(trust.cell(1, both), dice.random() < 0.9)
+        trust.saw(trust.cell(1, (0, said(0.5, 0))), dice.random() < 0.1)
+        trust.saw(trust.cell(1, alone), dice.random() < 0.3)
+    assert abs(trust.cell(1, both).chance(trust.now) - 0.9) < 0.05
+    assert 0.3 < trust.cell(1, alone).chance(trust.now) < 0.65, "what agreed counts for each alone"
+    new = trust.cell(1, (said(None, 0), said(0.95, 0))).chance(trust.now)
+    assert new >= trust.cell(1, alone).chance(trust.now), "an unseen mark leans on its best part"
+    assert trust.cell(1, both).tries <= MEMORY + 1 > SHARED
+
+
+def test_likeliest_keeps_parents_first_and_branching() -> None:
+    parents, values = [-1, -1, 0, 0, 2], [0.5, 0.4, 0.5, 0.1, 0.3]
+    assert likeliest(values, parents, 9) == [0, 2, 1, 4, 3]
+    assert likeliest(values, parents, 1) == [0, 2, 4]
+    assert likeliest(values, parents, 2) == [0, 2, 1, 4, 3]
+
+
+def drafted(each: float, tokens: int = 200) -> tuple[float, Blend]:
+    """Nodes a step where a row more costs so much."""
+    target, context = pair()
+    parts = [registry.create("drafter", d, context) for d in ("suffix", "token-recycling:nodes=9")]
+    blend = Blend(parts, cost=Cost(each))
+    llm = LLM(target, draft=blend, context=context)
+    stats = llm.generate([[1, 2, 3, 1, 2]], SamplingParams(max_tokens=tokens))[0].stats
+    return stats.drafted / stats.steps, blend
+
+
+def test_the_dearer_a_row_the_smaller_the_tree() -> None:
+    sizes = [drafted(each)[0] for each in (0.0, 0.1, 0.4)]
+    assert sizes[0] > sizes[1] > sizes[2] > 0
+    assert drafted(3.0)[0] < 0.2, "where a row costs three steps none pays"
+
+
+def test_what_is_not_drafted_goes_on_being_judged() -> None:
+    _, blend = drafted(3.0)
+    assert sum(c.tries for c in blend.trust.cells.values()) > 50
+
+
+def test_a_part_that_draws_is_refused() -> None:
+    with pytest.raises(InputError, match="merge:of="):
+        registry.create("drafter", "blend:of=suffix+draft-model", pair()[1])
+
+
+def test_bad_options_are_refused() -> None:
+    for spec in ("blend:nodes=0", "blend:floor=1", "blend:floor=-0.1", "blend:of=suffix"):
+        with pytest.raises(InputError):
+            registry.create("drafter", spec, pair()[1])
