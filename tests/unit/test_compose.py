@@ -239,3 +239,25 @@ class TestGraft:
         assert after.tokens[after.n_context - 1 :].tolist() == [3, 4, 5]
         again = drafter.propose([state], [view], [Budget(3, 3)])[0]
         assert again.tokens.tolist() == before.tokens.tolist() == [2, 3, 4, 5]
+
+
+class TestRiders:
+    """Nodes that ride along with a tree are no drafts of it."""
+
+    def test_a_window_is_nothing_to_say(self) -> None:
+        target, context = pair()
+        draft = "fallback:of=lookahead(window=4,ngram=3)+draft-model(tokens=3)"
+        llm = LLM(target, draft=draft, context=context)
+        lone = LLM(target, draft="lookahead:window=4,ngram=3", context=context)
+        params = SamplingParams(max_tokens=60)
+        both, one = (m.generate([[1, 2, 3, 4]], params)[0] for m in (llm, lone))
+        assert both.token_ids == one.token_ids
+        assert both.stats.steps < one.stats.steps, "the model drafts where the pool is empty"
+
+    def test_a_fused_tree_takes_no_riders_in(self) -> None:
+        first = TokenTree.chain([9], [1, 2])
+        second = TokenTree.build([9], [1, 3, 4, 5], [-1, 0, -1, 2])
+        second.kind[3:] = Kind.RIDER
+        whole = fuse(first, second, 9)
+        assert whole.tokens.tolist() == [9, 1, 2, 3]
+        assert (whole.kind[1:] == Kind.CANDIDATE).all()

@@ -146,7 +146,7 @@ def test_growing_is_building(tree: TokenTree, scored: bool) -> None:
     c = tree.n_context
     context, tokens = tree.tokens[:c].tolist(), tree.tokens[c:].tolist()
     parents, levels = tree.parent[c:] - c, tree.depth[c:] - (c - 1)
-    scores = np.linspace(1.0, 0.5, len(tokens)) if scored else None
+    scores = np.linspace(1.0, 0.5, len(tokens)).tolist() if scored else None
     want = TokenTree.build(context, tokens, parents.tolist(), score=scores)
     for got in (
         TokenTree.grown(context, tree.tokens[c:], parents, levels, scores),

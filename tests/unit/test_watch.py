@@ -31,7 +31,7 @@ def test_a_dead_node_gets_nothing() -> None:
 
 def test_a_look_waits_for_its_deepest_tree() -> None:
     trees = [TokenTree.context([5, 6]), TokenTree.build([5, 6], [1, 2, 3], [-1, 0, -1])]
-    assert Look(10, trees, [1.0, 1.0]).depth == 3
+    assert Look(10, 0, trees, [1.0, 1.0]).depth == 3
 
 
 class World:
@@ -44,14 +44,14 @@ class World:
     def text(self) -> float:
         return min(1.2, max(0.4, self.dice.gauss(0.95, 0.2)))
 
-    def look(self, ease: float) -> tuple[Look, list[int]]:
+    def look(self, ease: float, player: int) -> tuple[Look, list[int]]:
         """Token 1 is right; who is right farther is also right nearer, as drafters agree."""
         luck = [self.dice.random() for _ in range(20)]
         trees = [
             TokenTree.chain([0], [1 if luck[i] < p * ease else 2 for i in range(n)])
             for p, n, _ in self.drafters
         ]
-        return Look(0, trees, [s for _, _, s in self.drafters]), [1] * 20
+        return Look(0, player, trees, [s for _, _, s in self.drafters]), [1] * 20
 
     def tokens(self, arm: int, ease: float) -> float:
         p, n, _ = self.drafters[arm]
@@ -71,7 +71,7 @@ class World:
                 sums[i][1] += real[a]
             if watch.due:
                 watch.looked(0.05)
-                watch.saw(*self.look(ease))
+                watch.saw(*self.look(ease, arm))
             else:
                 modelled = self.drafters[arm][2]
                 watch.took(arm, modelled, real[arm] * (1 + self.dice.gauss(0, 0.1)))
@@ -108,6 +108,25 @@ def test_a_drafter_that_becomes_good_is_seen_while_another_plays() -> None:
     assert watch.leader == 2
 
 
+def test_a_long_copy_is_not_counted_at_each_of_the_players_steps() -> None:
+    """A text of copies of 12 tokens and 4 tokens that nobody knows. One drafter copies 3 at a time
+    (step: 1.0), the other 12 (step: 1.6), so they take 4 * 1 + 3 * 1 and 4 * 1.6 + 1.6 a round."""
+    for player, length in ((0, 3), (1, 12)):
+        watch, place = Watch(2), 0
+        for _ in range(400):
+            left = max(0, 12 - place % 16)
+            trees = [TokenTree.chain([0], [1] * n if left else [2] * n) for n in (3, 12)]
+            step = 1 + min(length, left)
+            for tree in trees:
+                tree.tokens[1 + min(left, len(tree) - 1) :] = 2
+            watch.saw(Look(0, player, trees, [1.0, 1.6]), [1] * 20)
+            place += step
+        rates = [16 / 7, 16 / 8]
+        assert watch.rate(0) > watch.rate(1), "whoever plays"
+        for i in range(2):
+            assert abs(watch.rate(i) / rates[i] - 1) < 0.25
+
+
 def test_looking_is_paid_for() -> None:
     watch, looks = Watch(2), 0
     for _ in range(2000):
@@ -120,7 +139,7 @@ def test_looking_is_paid_for() -> None:
 
 def test_one_slow_step_is_not_held_against_a_drafter_for_ever() -> None:
     watch = Watch(2)
-    look = Look(0, [TokenTree.chain([0], [1]), TokenTree.context([0])], [1.0, 1.0])
+    look = Look(0, 1, [TokenTree.chain([0], [1]), TokenTree.context([0])], [1.0, 1.0])
     watch.leader = 1
     for _ in range(3):
         watch.took(0, 1.0, 9.0)

@@ -219,8 +219,8 @@ def fuse(first: TokenTree, second: TokenTree, nodes: int) -> TokenTree:
         order.sort(key=lambda i: (-value[i], i))  # parents stay before their children
     for i in order:
         above = place.get(int(second.parent[i]))
-        if above is None:
-            continue  # its parent found no room
+        if above is None or second.kind[i] == Kind.RIDER:
+            continue  # its parent found no room; what is not a draft has no place here
         token, row = int(second.tokens[i]), rows[i]
         there = known.get((above, token))
         if row < 0:

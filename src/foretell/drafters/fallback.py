@@ -8,7 +8,7 @@ from typing import Any
 
 from foretell.core.protocols import Budget, BuildContext, SeqView
 from foretell.core.tree import TokenTree
-from foretell.drafters.compose import Composed, drafts, has_rows
+from foretell.drafters.compose import Composed, has_rows
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class Fallback(Composed):
                 [budgets[i] for i in left],
             )
             for i, tree in zip(left, trees, strict=True):
-                if has_rows(tree) or drafts(tree) > drafts(found[i]):
+                if has_rows(tree) or tree.drafted > found[i].drafted:
                     found[i], states[i].owner = tree, p
-            left = [i for i in left if drafts(found[i]) < self.enough and not has_rows(found[i])]
+            left = [i for i in left if found[i].drafted < self.enough and not has_rows(found[i])]
         return found

@@ -17,9 +17,11 @@ FORGET = 0.03  # of what was found out so about a drafter that plays no more, at
 
 @dataclass(slots=True)
 class Look:
-    """All drafters' trees at one place of the text: `at` committed tokens were known."""
+    """All drafters' trees at one place of the text: `at` committed tokens were known, and the tree
+    of `player` was verified."""
 
     at: int
+    player: int
     trees: list[TokenTree]
     seconds: list[float]  # of a step with each of them, as far as known: drafting and the forward
     depth: int = 0  # tokens that must follow before all can be judged
@@ -51,7 +53,11 @@ class Watch:
 
     A look asks all of them at one place and judges their drafts by the text that came, so they are
     compared on the same places of the same texts, whoever drafted there, and no step is spent on a
-    drafter to get to know it. What a step takes is modelled (its drafting, measured, and the
+    drafter to get to know it. The places are where the player's steps began; each stands for as
+    much of the text as its step went over, and on that a drafter that gets g tokens a step of s
+    seconds takes s / g for each. (Tokens a step alone would flatter whoever drafts more than the
+    player, whose many short steps begin in the midst of what the other copies at once.) What a step
+    takes is modelled (its drafting, measured, and the
     forward by the cost model); how far that is off is learnt of every drafter when it plays.
 
     The first `EAGER` looks follow one another; later ones are paid from `SHARE` of the time.
@@ -102,10 +108,10 @@ class Watch:
 
     def saw(self, look: Look, tokens: Sequence[int]) -> None:
         """A look whose text went on with `tokens`."""
-        keep = 1 - 1 / MEMORY
+        keep, span = 1 - 1 / MEMORY, got(look.trees[look.player], tokens)
         for i, (tree, seconds) in enumerate(zip(look.trees, look.seconds, strict=True)):
-            self.tokens[i] = keep * self.tokens[i] + got(tree, tokens)
-            self.seconds[i] = keep * self.seconds[i] + seconds
+            self.tokens[i] = keep * self.tokens[i] + span
+            self.seconds[i] = keep * self.seconds[i] + seconds * span / got(tree, tokens)
             if i != self.leader:  # what was measured once may have been an accident
                 self.off[i] += FORGET * (1.0 - self.off[i])
 
