@@ -10,6 +10,7 @@ TABLES = (
     "prompt-lookup:tokens=8",
     "prompt-lookup:tokens=15",
     "suffix",
+    "blend",
     "token-recycling",
     "stand",
     "bandit",
