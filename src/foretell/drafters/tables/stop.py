@@ -8,7 +8,7 @@ import numpy as np
 
 from foretell.core.tree import TokenTree
 
-Numbers = Sequence[int] | Sequence[float] | np.ndarray
+Ids = Sequence[int] | np.ndarray
 
 
 def kept(
@@ -33,10 +33,10 @@ def kept(
 
 def grown(
     context: Sequence[int],
-    tokens: Numbers,
-    parents: Numbers,
-    levels: Numbers,
-    scores: Numbers | None = None,
+    tokens: Ids,
+    parents: Ids,
+    levels: Ids,
+    scores: Sequence[float] | np.ndarray | None = None,
     keep: np.ndarray | None = None,
     stop: Callable[[Sequence[float]], bool] | None = None,
 ) -> TokenTree:
