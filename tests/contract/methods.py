@@ -70,7 +70,7 @@ DRAFTERS = {
         "blend:of=prompt-lookup(min_ngram=1)+suffix(branching=3)+token-recycling(nodes=4),nodes=5,floor=0",
     ],
     "bandit": [
-        "bandit",
+        "bandit:of=suffix+token-recycling(nodes=9)+prompt-lookup(min_ngram=1)",
         "bandit:of=draft-model(tokens=2)+suffix+none,rule=exp3",
     ],
     "choice": [

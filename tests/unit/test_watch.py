@@ -15,7 +15,8 @@ from helpers_model import Cost, pair
 
 
 @pytest.mark.parametrize(
-    ("text", "emitted"), [([1, 3, 9], 3), ([1, 9, 9], 2), ([2, 3, 9], 2), ([8, 1, 3], 1), ([1], 1)]
+    ("text", "emitted"),
+    [([1, 3, 9], 3), ([1, 9, 9], 2), ([2, 3, 9], 2), ([8, 1, 3], 1), ([1, 3], 3)],
 )
 def test_what_a_tree_would_have_got(text: list[int], emitted: int) -> None:
     tree = TokenTree.build([7], [1, 2, 3], [-1, -1, 0])
@@ -29,9 +30,14 @@ def test_a_dead_node_gets_nothing() -> None:
     assert got(tree, [1, 3, 9]) == 2
 
 
-def test_a_look_waits_for_its_deepest_tree() -> None:
+def test_a_look_waits_until_the_text_has_judged_every_tree() -> None:
     trees = [TokenTree.context([5, 6]), TokenTree.build([5, 6], [1, 2, 3], [-1, 0, -1])]
-    assert Look(10, 0, trees, [1.0, 1.0]).depth == 3
+    look, watch = Look(10, 0, trees, [1.0, 1.0]), Watch(2)
+    assert [got(trees[1], text) for text in ([], [1], [1, 2], [3], [8])] == [0, 0, 3, 2, 1]
+    assert not watch.saw(look, [1])
+    assert watch.tokens == [0.0, 0.0]
+    assert watch.saw(look, [1, 2])
+    assert watch.rate(1) == 3 * watch.rate(0)
 
 
 class World:
@@ -104,7 +110,7 @@ def test_a_drafter_that_becomes_good_is_seen_while_another_plays() -> None:
     world.loss(watch, 300)
     assert watch.leader == 3
     world.drafters = WORLDS["lookup"]
-    assert world.loss(watch, 300) < 0.15
+    assert world.loss(watch, 300) < 0.2
     assert watch.leader == 2
 
 
@@ -140,7 +146,7 @@ def test_looking_is_paid_for() -> None:
 def test_one_slow_step_is_not_held_against_a_drafter_for_ever() -> None:
     watch = Watch(2)
     look = Look(0, 1, [TokenTree.chain([0], [1]), TokenTree.context([0])], [1.0, 1.0])
-    watch.leader = 1
+    watch.leader, watch.judged = 1, EAGER
     for _ in range(3):
         watch.took(0, 1.0, 9.0)
     assert watch.off[0] > 1.9

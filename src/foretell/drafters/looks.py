@@ -92,6 +92,5 @@ class Looks:
             awake = play.last == play.part
             play.watch.took(play.part, play.modelled, seconds, awake)
         text = play.view.tokens
-        while play.looks and len(text) >= play.looks[0].at + play.looks[0].depth:
-            look = play.looks.pop(0)
-            play.watch.saw(look, text[look.at :])
+        while play.looks and play.watch.saw(play.looks[0], text[play.looks[0].at :]):
+            del play.looks[0]

@@ -9,13 +9,13 @@ from foretell.core.tree import Kind, TokenTree
 
 EAGER = 8  # looks before looking is paid for
 SHARE = 0.015  # of the time decoded, what looking may take
-MEMORY = 24.0  # looks that count; older ones fade
-MARGIN = 0.02  # by how much another has to be better
+MEMORY = 32.0  # looks that count; older ones fade
+MARGIN = 0.03  # by how much another has to be better
 SLOW = 0.1  # weight of the last step in what a drafter's steps take beyond the model of them
 FORGET = 0.03  # of what was found out so about a drafter that plays no more, at every look
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Look:
     """All drafters' trees at one place of the text: `at` committed tokens were known, and the tree
     of `player` was verified."""
@@ -24,27 +24,19 @@ class Look:
     player: int
     trees: list[TokenTree]
     seconds: list[float]  # of a step with each of them, as far as known: drafting and the forward
-    depth: int = 0  # tokens that must follow before all can be judged
-
-    def __post_init__(self) -> None:
-        self.depth = 1 + max(int(t.depth.max() - t.depth[t.tip]) for t in self.trees)
 
 
 def got(tree: TokenTree, tokens: Sequence[int]) -> int:
     """How many tokens a step with this one-hot tree emits where the text goes on with `tokens`:
-    those of its path, and one."""
+    those of its path, and one. 0: that cannot be told yet, for the text is not far enough."""
     node, emitted = tree.tip, 1
     for token in tokens:
-        same = (
-            c
-            for c in tree.children(node)
-            if tree.tokens[c] == token and tree.kind[c] == Kind.CANDIDATE
-        )
-        node = next(same, -1)
+        below = [c for c in tree.children(node) if tree.kind[c] == Kind.CANDIDATE]
+        node = next((c for c in below if tree.tokens[c] == token), -1)
         if node < 0:
-            break
+            return emitted
         emitted += 1
-    return min(emitted, len(tokens))
+    return 0 if any(tree.kind[c] == Kind.CANDIDATE for c in tree.children(node)) else emitted
 
 
 @dataclass(slots=True)
@@ -69,6 +61,7 @@ class Watch:
     off: list[float] = field(init=False)  # measured over modelled seconds of its steps
     steps: list[int] = field(init=False)  # that it played
     looks: int = 0
+    judged: int = 0
     leader: int = 0
     credit: float = 0.0  # seconds that looking may take
 
@@ -83,7 +76,7 @@ class Watch:
         new.tokens = [weight * t for t in self.tokens]
         new.seconds = [weight * s for s in self.seconds]
         new.off, new.steps, new.leader = list(self.off), list(self.steps), self.leader
-        new.looks = min(self.looks, EAGER // 2)
+        new.looks, new.judged = min(self.looks, EAGER // 2), self.judged
         return new
 
     @property
@@ -96,6 +89,8 @@ class Watch:
 
     def choose(self) -> int:
         best = max(range(self.count), key=self.rate)
+        if self.judged < EAGER // 2:  # too little to leave the first for
+            best = self.leader
         if self.rate(best) > (1 + MARGIN) * self.rate(self.leader):
             self.leader = best
         return self.leader
@@ -106,14 +101,19 @@ class Watch:
         if self.looks > EAGER:
             self.credit -= seconds
 
-    def saw(self, look: Look, tokens: Sequence[int]) -> None:
-        """A look whose text went on with `tokens`."""
-        keep, span = 1 - 1 / MEMORY, got(look.trees[look.player], tokens)
-        for i, (tree, seconds) in enumerate(zip(look.trees, look.seconds, strict=True)):
+    def saw(self, look: Look, tokens: Sequence[int]) -> bool:
+        """A look whose text went on with `tokens`; False if it cannot be judged yet."""
+        each = [got(tree, tokens) for tree in look.trees]
+        if not all(each):
+            return False
+        self.judged += 1
+        keep, span = 1 - 1 / MEMORY, each[look.player]
+        for i, (many, seconds) in enumerate(zip(each, look.seconds, strict=True)):
             self.tokens[i] = keep * self.tokens[i] + span
-            self.seconds[i] = keep * self.seconds[i] + seconds * span / got(tree, tokens)
+            self.seconds[i] = keep * self.seconds[i] + seconds * span / many
             if i != self.leader:  # what was measured once may have been an accident
                 self.off[i] += FORGET * (1.0 - self.off[i])
+        return True
 
     def took(self, arm: int, modelled: float, seconds: float, awake: bool = True) -> None:
         """A step without a look that `arm` played took so long; not `awake`: after a sleep, from
