@@ -48,9 +48,12 @@ class Watch:
     drafter to get to know it. The places are where the player's steps began; each stands for as
     much of the text as its step went over, and on that a drafter that gets g tokens a step of s
     seconds takes s / g for each. (Tokens a step alone would flatter whoever drafts more than the
-    player, whose many short steps begin in the midst of what the other copies at once.) What a step
-    takes is modelled (its drafting, measured, and the
-    forward by the cost model); how far that is off is learnt of every drafter when it plays.
+    player, whose many short steps begin in the midst of what the other copies at once. What is
+    left: near the end of a copy a long draft is judged again and again with little to get, which
+    its own steps would seldom meet; where copies are two drafts long it looks a third slower than
+    it is.)
+    What a step takes is modelled (its drafting, measured, and the forward by the cost model); how
+    far that is off is learnt of every drafter when it plays.
 
     The first `EAGER` looks follow one another; later ones are paid from `SHARE` of the time.
     """
