@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from foretell import kernels
 from foretell.core.batch import Output, PackedBatch
 from foretell.core.protocols import ModelSpec
 from foretell.engine.llm import LLM
-from foretell.models import kernels
 
 
 class NoCache:

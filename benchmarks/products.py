@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from foretell.models import kernels
-from foretell.models.kernels.library import FORMATS, Library, allocate
+from foretell import kernels
+from foretell.kernels.library import FORMATS, Library, allocate
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 MIDDLE = {"models", "drafters", "verify", "control", "denoise"}
 MAY_IMPORT = {
     "core": {"core"},
-    **{m: {"core", m} for m in MIDDLE},
+    "kernels": {"core", "kernels"},
+    **{m: {"core", "kernels", m} for m in MIDDLE},
     "engine": {"core", "engine"} | MIDDLE,
     "serve": {"core", "engine", "serve"} | MIDDLE,
-    "lab": {"core", "engine", "lab"} | MIDDLE,
+    "lab": {"core", "kernels", "engine", "lab"} | MIDDLE,
     "cli": {"core", "engine", "serve", "lab", "cli"} | MIDDLE,
     "": {"core", "engine"},  # __init__.py, __main__.py
 }

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foretell import kernels
 from foretell.core.batch import PackedBatch
-from foretell.models import kernels
 from foretell.models.native.arch import Arch
 from foretell.models.native.fused import FusedModel
 from helpers_bitexact import KINDS, chain, differences, random_model

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from foretell import kernels
 from foretell.core.batch import PackedBatch, Segment, segment_of
 from foretell.core.errors import InputError
 from foretell.core.protocols import LayerAccess, TargetModel
-from foretell.models import kernels
 from foretell.models.load import load_model
 from foretell.models.native.arch import Arch, LayerArch
 from foretell.models.native.families import LLAMA_NAMES

@@ -15,7 +15,7 @@ from foretell.control.length.goodput.fits import Line
 from foretell.control.length.goodput.habits import Habits, widths
 from foretell.control.length.goodput.policy import Goodput
 from foretell.control.length.goodput.records import Record
-from foretell.control.length.goodput.written import Written
+from foretell.core.costs import GivenCosts
 from foretell.core.feedback import Verdict
 from foretell.core.params import SamplingParams
 from foretell.core.protocols import Budget, BuildContext, Load, SeqView, Timings
@@ -283,7 +283,7 @@ def test_trees_count_the_rows_of_every_level() -> None:
 
 
 def test_costs_that_the_user_wrote() -> None:
-    cost = Written([10, 10, 14])
+    cost = GivenCosts([10, 10, 14])
     assert [cost.seconds(n) for n in (1, 2, 3, 4, 6)] == [10, 10, 12, 14, 18]
     policy = Goodput.build(None, target="10/10/10/12/14", draft=0.5)
     assert isinstance(policy, Goodput)
@@ -303,4 +303,4 @@ def test_without_costs_it_drafts_a_little_and_says_so() -> None:
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"every": 0}, {"draft": -1.0}])
 def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(InputError):
-        Goodput(Written([1.0]), **options)
+        Goodput(GivenCosts([1.0]), **options)

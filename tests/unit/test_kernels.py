@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from foretell import kernels
 from foretell.core.errors import InputError
 from foretell.core.places import cache_folder
 from foretell.core.rng import Purpose, SeqRng
 from foretell.core.rows import topk_rows
-from foretell.models import kernels
-from foretell.models.kernels import build
-from foretell.models.kernels.library import Library, Packed
+from foretell.kernels import build
+from foretell.kernels.library import Library, Packed
 
 ALL = ("float32", "bfloat16", "int8", "int4")
 # (outputs, inputs, int4 group): panels that are not full, inputs that are odd
@@ -308,7 +308,7 @@ def run(code: str, **env: str) -> str:
 
 BEGIN = """
 import os, torch
-from foretell.models import kernels
+from foretell import kernels
 torch.set_num_threads(1)
 lib = kernels.load()
 m = lib.pack("int8", torch.randn(512, 64))
@@ -539,7 +539,7 @@ def test_two_processes_compile_once(empty_cache: Path, monkeypatch: pytest.Monke
     log = empty_cache / "log"
     body = f'*-shared*) echo x >> {log}; sleep 0.5; touch "$last";;\n*) touch "$last";; esac\n'
     monkeypatch.setenv("CXX", fake_compiler(empty_cache, body))
-    code = "from foretell.models.kernels import build; import sys; "
+    code = "from foretell.kernels import build; import sys; "
     code += f"print(build.find_or_build('portable', {str(empty_cache / 'both')!r})[0])"
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -567,7 +567,7 @@ def test_a_prebuilt_library_is_taken_if_it_fits(
 def test_the_library_serves_without_a_compiler(
     lib: Library, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `python -m foretell.models.kernels.build --out` makes is found and loads."""
+    """What `python -m foretell.kernels.build --out` makes is found and loads."""
     build.PREBUILT.mkdir()
     (build.PREBUILT / f"{lib.isa}-{build.source_hash(lib.isa)}.so").symlink_to(lib.path)
     monkeypatch.setenv("CXX", "no-such-compiler-anywhere")

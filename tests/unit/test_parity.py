@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from foretell import kernels
 from foretell.core.batch import PackedBatch, Segment, segment_of
 from foretell.core.tree import TokenTree
-from foretell.models import kernels
 from foretell.models.load import load_model
 from foretell.models.native.families import describe
 from foretell.models.native.fused import FusedModel

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foretell import kernels
 from foretell.cli.main import main
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.errors import InputError
 from foretell.core.protocols import TargetModel
 from foretell.lab import quality
-from foretell.models import kernels
 from foretell.models.load import load_model
 from foretell.models.native import fused
 from foretell.models.native.arch import Arch

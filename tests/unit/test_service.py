@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -17,23 +15,7 @@ from foretell.core.params import Speculation
 from foretell.serve.service import Service
 from foretell.serve.terms import Draining, JobSummary, Limits, QueueFull, Timeout
 from helpers_model import Letters, TableModel, pair
-
-PROMPT = [1, 2, 3, 4, 1, 2]
-LONG = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 3, 5, 7, 9, 2]
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))
-
-
-@asynccontextmanager
-async def serving(llm: LLM, limits: Limits | None = None, **options: Any) -> AsyncIterator[Service]:
-    service = Service(llm, limits, **options)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
+from helpers_service import LONG, PROMPT, run, serving
 
 
 def speculative(**options: Any) -> tuple[TableModel, LLM]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,23 +19,7 @@ from foretell.serve.pace import Pace
 from foretell.serve.service import Service
 from foretell.serve.terms import Draining, Limits, Timeout
 from helpers_model import TableModel
-
-PROMPT = [1, 2, 3, 4, 1, 2]
-LONG = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 3, 5, 7, 9, 2]
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))
-
-
-@asynccontextmanager
-async def serving(llm: LLM, limits: Limits | None = None, **options: Any) -> AsyncIterator[Service]:
-    service = Service(llm, limits, **options)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
+from helpers_service import LONG, PROMPT, run, serving
 
 
 def plain(**options: Any) -> tuple[TableModel, LLM]:

@@ -16,6 +16,7 @@ from scipy import stats
 
 from foretell import LLM, InputError, SamplingParams
 from foretell.core import registry
+from foretell.core.costs import GivenCosts
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import Budget, BuildContext, Caps, Draw, SeqView
 from foretell.core.rng import SeqRng
@@ -25,7 +26,7 @@ from foretell.drafters.trees.acceptance import Acceptance, hazards
 from foretell.drafters.trees.calibration import Calibration
 from foretell.drafters.trees.draw import independent
 from foretell.drafters.trees.drive import grow_level_by_level
-from foretell.drafters.trees.optimal import GivenCost, Optimal
+from foretell.drafters.trees.optimal import Optimal
 from foretell.drafters.trees.plan import Path, Plan
 from foretell.drafters.trees.static import closed, fit, read_paths
 from helpers_drafts import beams, table
@@ -456,20 +457,20 @@ class Steep:
 
 
 def test_the_optimal_tree_follows_the_costs() -> None:
-    flat = GivenCost([1.0])
+    flat = GivenCosts([1.0])
     rates = "0.6/0.2/0.1"
     assert sized(flat, 0.0, acceptance=rates)[0] == 32
     assert sized(flat, 0.0, acceptance=rates)[1] >= 6
     assert sized(flat, 0.5, acceptance=rates)[1] < 4, "expensive drafts are shallow"
     assert sized(Steep(), 0.0, acceptance=rates) == (0, 0), "rows that cost too much: no draft"
-    nodes, depth = sized(GivenCost([1, 1, 1, 1, 3]), 0.01, acceptance=rates)
+    nodes, depth = sized(GivenCosts([1, 1, 1, 1, 3]), 0.01, acceptance=rates)
     assert 4 <= nodes <= 9, "eight rows are free"
     assert 1 <= depth <= nodes
 
 
 @pytest.mark.parametrize("draft_seconds", [0.0, 0.05, 0.3])
 def test_the_optimal_tree_has_the_most_tokens_per_second(draft_seconds: float) -> None:
-    cost = GivenCost([1.0, 1.1, 1.3, 1.9, 3.5])
+    cost = GivenCosts([1.0, 1.1, 1.3, 1.9, 3.5])
     rates = np.tile([0.5, 0.2, 0.1], (3, 1))
     shape = Optimal(cost, 12, 3, 3, "0.5/0.2/0.1", draft_seconds)
     nodes, depth = shape.bind(view_of([1])).choose(Budget(12, 3))
@@ -482,7 +483,7 @@ def test_the_optimal_tree_has_the_most_tokens_per_second(draft_seconds: float) -
 
 
 def test_company_makes_trees_smaller() -> None:
-    cost = GivenCost([1, 1, 1, 1, 2, 4, 8])
+    cost = GivenCosts([1, 1, 1, 1, 2, 4, 8])
     shape = Optimal(cost, 16, 4, 3, "0.6/0.2", 0.0)
     learner = shape.bind(view_of([1]))
     assert learner.choose(Budget(16, 4), 8)[0] < learner.choose(Budget(16, 4), 1)[0]

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, CostModel, SeqView
@@ -129,10 +127,10 @@ class Blend(Composed):
         place = {-1: -1} | {node: i for i, node in enumerate(kept)}
         return TokenTree.grown(
             view.pending,
-            np.array([union.tokens[i] for i in kept], np.int64),
-            np.array([place[union.parents[i]] for i in kept], np.int64),
-            np.array([union.levels[i] for i in kept], np.int64),
-            np.array([chances[i] for i in kept]),
+            [union.tokens[i] for i in kept],
+            [place[union.parents[i]] for i in kept],
+            [union.levels[i] for i in kept],
+            [chances[i] for i in kept],
         )
 
     def _size(self, values: Sequence[float], view: SeqView, sequences: int) -> int:

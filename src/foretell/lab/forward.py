@@ -143,7 +143,7 @@ def forward_curve(
 
 def bandwidth(megabytes: int = 256) -> Callable[[], float]:
     """Streaming reads, bytes a second: by the compiled kernels, else a sum by torch's threads."""
-    from foretell.models import kernels
+    from foretell import kernels
 
     library = kernels.load()
     if library is not None:

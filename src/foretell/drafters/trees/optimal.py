@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from foretell.core.costs import GivenCosts
 from foretell.core.errors import InputError
 from foretell.core.protocols import Budget, BuildContext, CostModel, SeqView
 from foretell.drafters.trees.options import numbers
@@ -54,7 +55,7 @@ class Optimal(Sequoia):
                 stacklevel=2,
             )
         self.cost, self.measured = cost, draft is None
-        self.given = isinstance(cost, GivenCost) and draft is not None
+        self.given = isinstance(cost, GivenCosts) and draft is not None
         self.draft_seconds = draft or 0.0  # of one draft forward for all sequences
         self.sequences, self.context = 1, 0
 
@@ -73,7 +74,7 @@ class Optimal(Sequoia):
         given = numbers(cls.name, "target", target) if target else []
         if not all(given):
             raise InputError(f"tree=optimal,target={target}: a forward takes more than no time.")
-        cost = GivenCost(given) if given else context.cost if context else None
+        cost = GivenCosts(given) if given else context.cost if context else None
         return cls(cost, nodes, depth, branching, acceptance, draft, every)
 
     def plan(self, views: Sequence[SeqView]) -> None:
@@ -138,19 +139,3 @@ class SizedLearner(Learner):
             if rate[i] > best:
                 best, chosen = float(rate[i]), (int(sizes[i]), depth)
         return chosen
-
-
-class GivenCost:
-    """Costs of 1, 2, 4, 8, .. rows as the user wrote them; straight lines between."""
-
-    def __init__(self, costs: Sequence[float]) -> None:
-        self.rows, self.costs = [float(1 << i) for i in range(len(costs))], list(costs)
-
-    def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
-        if rows > self.rows[-1] and len(self.rows) > 1:  # on along the last line
-            slope = (self.costs[-1] - self.costs[-2]) / (self.rows[-1] - self.rows[-2])
-            return self.costs[-1] + max(0.0, slope) * (rows - self.rows[-1])
-        return float(np.interp(rows, self.rows, self.costs))
-
-    def observe(self, rows: int, context: int, sequences: int, seconds: float) -> None:
-        """What the user says holds."""

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foretell import kernels
 from foretell.core.batch import Output, PackedBatch, Segment
 from foretell.core.errors import InputError
 from foretell.core.feedback import Tap
 from foretell.core.protocols import Caps, ModelSpec
-from foretell.models import kernels
+from foretell.kernels.library import FORMATS, Library
 from foretell.models.cache.contiguous import ContiguousCache, ContiguousTxn
-from foretell.models.kernels.library import FORMATS, Library
 from foretell.models.native.arch import Arch
 from foretell.models.native.families import LLAMA_NAMES, Names, describe
 from foretell.models.native.packing import MATRICES, NORMS, Kind, Packer, read_slots
@@ -48,7 +48,7 @@ _SIGNATURES = {
 }
 _INT64 = np.dtype(np.int64)
 _SHORT_TABLE = 5  # an Outcome of the same header
-_CALL = 21  # numbers of a Call (models/kernels/forward.h), before its lists
+_CALL = 21  # numbers of a Call (kernels/forward.h), before its lists
 
 
 class FusedModel:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foretell.models.kernels.library import PANEL, Library, allocate
+from foretell.kernels.library import PANEL, Library, allocate
 from foretell.models.native.arch import Arch
 from foretell.models.native.families import Names
 from foretell.models.native.layers import Assembler

@@ -16,7 +16,7 @@ from foretell.control.length.goodput.habits import Habits, widths
 from foretell.control.length.goodput.probes import Probes
 from foretell.control.length.goodput.records import Record, curves, welcome
 from foretell.control.length.goodput.steptime import StepTime
-from foretell.control.length.goodput.written import Written
+from foretell.core.costs import GivenCosts
 from foretell.core.errors import InputError
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import Budget, BuildContext, CostModel, Load, SeqView, Timings
@@ -92,7 +92,7 @@ class Goodput:
         check(tokens, every, draft)
         cost = context.cost if context is not None else None
         if target:
-            cost = Written.parse(target)
+            cost = GivenCosts(written(target))
         if cost is not None:
             return cls(cost, tokens, every, draft)
         few = min(FALLBACK, tokens)
@@ -217,6 +217,20 @@ class Goodput:
                 self.habits[kind] = Habits(self.tokens)
             view.effort = Record(self.habits[kind])
         return view.effort
+
+
+def written(target: str) -> list[float]:
+    """What forwards of 1, 2, 4, 8, .. rows take, as the user wrote it."""
+    try:
+        costs = [float(x) for x in target.split("/")]
+    except ValueError:
+        costs = [0.0]
+    if min(costs) <= 0:
+        raise InputError(
+            f"goodput:target={target}: write what forwards of 1, 2, 4, 8, .. rows take, "
+            "positive numbers with slashes between them, for example 10/10/10/12/14."
+        )
+    return costs
 
 
 def check(tokens: int, every: int, draft: float | None) -> None:

@@ -1,7 +1,7 @@
 """Compile the kernels: one shared library per instruction set, once per machine.
 
-    python -m foretell.models.kernels.build              # compile now, into the cache
-    python -m foretell.models.kernels.build --out DIR    # for a package: no compiler needed later
+    python -m foretell.kernels.build              # compile now, into the cache
+    python -m foretell.kernels.build --out DIR    # for a package: no compiler needed later
 
 A library is looked for in `prebuilt/` beside the sources (named after their hash: it is taken only
 when it was made of exactly these sources), then in the cache folder (named after sources, compiler

@@ -1,4 +1,4 @@
-"""Costs as the user wrote them."""
+"""What forwards cost, where the user says so."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from foretell.core.errors import InputError
 
-
-class Written:
+class GivenCosts:
     """A `CostModel` of forwards of 1, 2, 4, 8, .. rows as the user wrote them, in any unit;
     straight lines between, and on along the last one."""
 
     def __init__(self, costs: Sequence[float]) -> None:
         self.rows, self.costs = [float(1 << i) for i in range(len(costs))], list(costs)
-
-    @classmethod
-    def parse(cls, text: str) -> Written:
-        try:
-            costs = [float(x) for x in text.split("/")]
-        except ValueError:
-            costs = [0.0]
-        if min(costs) <= 0:
-            raise InputError(
-                f"goodput:target={text}: write what forwards of 1, 2, 4, 8, .. rows take, "
-                "positive numbers with slashes between them, for example 10/10/10/12/14."
-            )
-        return cls(costs)
 
     def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
         if rows > self.rows[-1] and len(self.rows) > 1:

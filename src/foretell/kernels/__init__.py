@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from foretell.core.errors import InputError
 from foretell.core.places import cache_folder
-from foretell.models.kernels.build import CHOICES, find_or_build, supported
+from foretell.kernels.build import CHOICES, find_or_build, supported
 
 if TYPE_CHECKING:
-    from foretell.models.kernels.library import Library
+    from foretell.kernels.library import Library
 
 
 def load() -> Library | None:
@@ -45,7 +45,7 @@ def _load(setting: str, folder: str) -> tuple[Library | None, str | None]:
     here = supported()
     if setting != "auto" and setting not in here:
         return None, f"This processor does not run the {setting} kernels."
-    from foretell.models.kernels.library import Library
+    from foretell.kernels.library import Library
 
     reason = None
     for isa in here if setting == "auto" else (setting,):
