@@ -20,9 +20,9 @@ _DECIDE = (
     "kernels/matrix.h",
     "kernels/pack.h",
     "kernels/pack.cpp",
-    "native/packing.py",
-    "quant/formats.py",
-    "quant/checkpoints.py",
+    "models/native/packing.py",
+    "models/quant/formats.py",
+    "models/quant/checkpoints.py",
 )
 
 
@@ -47,7 +47,7 @@ def keep(key: str, tensors: Mapping[str, Tensor], model: str, kind: Any) -> None
 
 @lru_cache(maxsize=1)
 def _layout() -> str:
-    root, whole = Path(__file__).parents[1], hashlib.sha256()
+    root, whole = Path(__file__).parents[2], hashlib.sha256()
     for name in _DECIDE:
         whole.update(f"{name}\0".encode() + (root / name).read_bytes())
     return whole.hexdigest()
