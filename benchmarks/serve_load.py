@@ -4,9 +4,10 @@ Every setting is a server of its own, with N clients who send a prompt, read the
 the next; every answer has --tokens tokens (unless --eos), so that all have the same work. Settings
 take turns in short slices, so that a noisy moment hits all alike: between its
 slices a setting stands still, requests and all, and its clock with it. Drafting off, some fixed
-lengths and goodput control are compared; the last two columns are what the goodput policy is held
-to: throughput against the better of off and the best fixed length, and latency against the best
-fixed length's.
+lengths and goodput control are compared by the last three columns: throughput against the better of
+off and the best fixed length; the same over the requests that all of them have answered (all are
+sent the same ones in the same order, and answers differ more than settings do, so in short runs
+this is the one to go by); and latency against the best fixed length's.
 
     python benchmarks/serve_load.py --levels 1,4,16 --seconds 60
     python benchmarks/serve_load.py --http --levels 1,2,4,8,16,32 --seconds 300 --json load.json
@@ -30,6 +31,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ class Tally:
 
     tokens: int = 0
     seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)
+    took: dict[tuple[int, int], float] = field(default_factory=dict)  # (client, n-th request)
     slices: list[float] = field(default_factory=list)  # tokens per second of each
 
     @property
@@ -70,7 +72,11 @@ class Tally:
 
     @property
     def latency(self) -> float:
-        return statistics.mean(self.latencies) if self.latencies else float("nan")
+        return statistics.mean(self.took.values()) if self.took else float("nan")
+
+    def pace(self, requests: set[tuple[int, int]]) -> float:
+        """Seconds that these requests took on average."""
+        return statistics.mean(self.took[r] for r in requests)
 
 
 class Setting:
@@ -114,11 +120,11 @@ class Setting:
 
     async def client(self, i: int) -> None:
         r = random.Random(self.seed * 1000 + i)  # the same prompts in the same order everywhere
-        while True:
+        for n in count():
             text = r.choice(self.texts)
             start = self.now()
             await self.ask(text, r.randrange(1 << 30))
-            self.tally.latencies.append(self.now() - start)
+            self.tally.took[i, n] = self.now() - start
 
     async def ask(self, text: str, seed: int) -> None:
         raise NotImplementedError
@@ -318,7 +324,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         await setting.stop()
     return {
         str(level): {
-            name: {"tokens_per_s": t.rate, "latency_s": t.latency, "requests": len(t.latencies)}
+            name: {"tokens_per_s": t.rate, "latency_s": t.latency, "requests": len(t.took)}
             for name, t in row.items()
         }
         for level, row in table.items()
@@ -328,13 +334,18 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 def show(level: int, row: dict[str, Tally], header: bool) -> None:
     if header:
         names = "".join(f"{n:>10}" for n in row)
-        print(f"{'clients':>7}{names}{'/ best':>9}{'latency':>9}   tokens/s")
+        print(f"{'clients':>7}{names}{'/ best':>9}{'same':>9}{'latency':>9}   tokens/s")
     fixed = {n: t for n, t in row.items() if n.startswith("fixed")}
     good = row["goodput"]
     best = max(t.rate for n, t in row.items() if n != "goodput")
     quickest = min(t.latency for t in fixed.values())
+    both = set[tuple[int, int]].intersection(*(set(t.took) for t in row.values()))
+    same = min(t.pace(both) for n, t in row.items() if n != "goodput") / good.pace(both)
     rates = "".join(f"{t.rate:>10.0f}" for t in row.values())
-    print(f"{level:>7}{rates}{good.rate / best:>9.3f}{good.latency / quickest:>9.3f}", flush=True)
+    print(
+        f"{level:>7}{rates}{good.rate / best:>9.3f}{same:>9.3f}{good.latency / quickest:>9.3f}",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ class Habits:
     the level before it had been.
     """
 
-    KEEP, WEIGHT = 0.99, 4.0
+    KEEP, WEIGHT = 0.995, 4.0
     LEVEL = 16.0  # observations that the mean over levels is worth to each of them
     PRIOR = 0.7  # acceptance, until there are verdicts
     DOUBT = 0.5  # standard deviations: what was seldom tried may be better than it looked
