@@ -127,7 +127,9 @@ def test_caches_survive_any_verdict(draft: str, kind: str) -> None:
         outputs = llm.generate(PROMPTS, params)
         assert [len(o.token_ids) for o in outputs] == [18] * len(PROMPTS)
         assert checked["target"] > 20
-        assert checked["draft"] > 5 or "draft-model" not in draft
+        # of a choice only the first part drafts for requests that do not choose
+        drafting = draft.split("+")[0] if draft.startswith("choice") else draft
+        assert checked["draft"] > 5 or "draft-model" not in drafting
 
 
 @pytest.mark.parametrize("draft", methods.ALL_DRAFTERS)

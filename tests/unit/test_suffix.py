@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretell import SamplingParams
+from foretell import SamplingParams, kernels
 from foretell.core.errors import InputError
 from foretell.core.protocols import Budget, Draw, SeqView
 from foretell.core.rng import SeqRng
 from foretell.drafters.suffix import SEGMENTS, PastOutputs, Suffix
-from foretell.drafters.tables.automaton import SuffixAutomaton
+from foretell.drafters.tables.automaton import AnyAutomaton, SuffixAutomaton
 from foretell.drafters.tables.speculate import Limits, best_draft
+from foretell.kernels.automaton import Automaton
+from helpers_memory import allocated
 
 FULL = Budget(1 << 30, 1 << 30)
 texts = st.lists(st.integers(0, 2), max_size=40)
+
+
+@pytest.fixture(scope="module", params=["compiled", "python"], autouse=True)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything holds for both."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "python":
+            patch.setenv("FORETELL_KERNELS", "off")
+        elif kernels.load() is None:
+            pytest.skip(kernels.why_not() or "no kernels")
+        yield request.param
+
+
+def new(depth: int, reach: int = 256) -> AnyAutomaton:
+    library = kernels.load()
+    return Automaton(library, depth, reach) if library else SuffixAutomaton(depth, reach)
+
+
+def numbers(automaton: AnyAutomaton, state: int) -> tuple[int, int, int]:
+    """Length, link, count."""
+    if isinstance(automaton, SuffixAutomaton):
+        return automaton.length[state], automaton.link[state], automaton.count[state]
+    return automaton.state(state)
 
 
 def view_of(tokens: list[int], prompt_len: int, draw: Draw = Draw.TOP) -> SeqView:
@@ -36,20 +62,16 @@ def occurrences(texts: list[list[int]], part: list[int]) -> int:
     return sum(t[i : i + n] == part for t in texts for i in range(len(t) - n + 1))
 
 
-def walk(automaton: SuffixAutomaton, tokens: list[int]) -> int:
-    state = 0
-    for t in tokens:
-        state = automaton.step(state, t)
-        if state < 0:
-            return -1
-    return state
+def walk(automaton: AnyAutomaton, tokens: list[int]) -> int:
+    state, matched = automaton.follow((0, 0), tokens)
+    return state if matched == len(tokens) else -1
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=4), st.integers(2, 6), st.integers(1, 9))
 def test_counts_are_those_of_brute_force(documents, depth, more) -> None:
     """Every substring of up to `depth` tokens, in several documents, short reach or long."""
-    automaton = SuffixAutomaton(depth, 2 * depth + more)
+    automaton = new(depth, 2 * depth + more)
     for d in documents:
         automaton.begin()
         automaton.extend(d)
@@ -60,15 +82,15 @@ def test_counts_are_those_of_brute_force(documents, depth, more) -> None:
         if part:
             state = walk(automaton, list(part))
             assert (state > 0) == (want > 0)
-            assert state < 0 or automaton.count[state] == want
-    assert max(automaton.length) <= automaton.reach + 1
+            assert state < 0 or numbers(automaton, state)[2] == want
+    assert max(numbers(automaton, s)[0] for s in range(len(automaton))) <= automaton.reach + 1
 
 
 @settings(max_examples=150, deadline=None)
 @given(texts, texts, st.integers(0, 30))
 def test_places_are_the_longest_matching_suffixes(document, query, cut) -> None:
     """Also when the automaton grows between two looks."""
-    automaton, place = SuffixAutomaton(50), (0, 0)
+    automaton, place = new(50), (0, 0)
     cut = min(cut, len(document))
     automaton.extend(document[:cut])
     half = len(query) // 2
@@ -91,7 +113,7 @@ def test_places_are_the_longest_matching_suffixes(document, query, cut) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
 def test_the_repeated_suffix(text) -> None:
-    automaton = SuffixAutomaton(50)
+    automaton = new(50)
     automaton.extend(text)
     want = max(m for m in range(len(text) + 1) if not m or occurrences([text], text[-m:]) > 1)
     state, matched = automaton.repeated()
@@ -149,7 +171,7 @@ def _find(text: list[int], part: list[int]) -> int:
     st.integers(1, 9),
 )
 def test_drafts_are_the_most_frequent_continuations(text, factor, min_prob, depth) -> None:
-    automaton = SuffixAutomaton(50)
+    automaton = new(50)
     automaton.extend(text)
     limits = Limits(8, depth, 1, factor, 1.0, min_prob)
     found = best_draft(automaton, automaton.repeated(), limits)
@@ -320,16 +342,17 @@ def test_state_stays_within_its_bytes_over_10_000_requests() -> None:
     assert drafter.state_bytes() > limit / 3, "memory is used, not merely kept small"
 
 
-def test_declared_bytes_are_real_bytes() -> None:
+def test_declared_bytes_are_real_bytes(kind: str) -> None:
     r = random.Random(0)
     words = [[r.randrange(200) for _ in range(r.randint(2, 6))] for _ in range(150)]
     documents = [[t for _ in range(40) for t in r.choice(words)] for _ in range(12)]
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
+    before = tracemalloc.get_traced_memory()[0] if kind == "python" else allocated()
     past = PastOutputs(3 << 20, 32)
     for d in documents:
         past.add(d)
-    real = tracemalloc.get_traced_memory()[0] - before
+    after = tracemalloc.get_traced_memory()[0] if kind == "python" else allocated()
+    real = after - before
     tracemalloc.stop()
     assert len(past.segments) >= 1
     assert 0.6 * real < past.nbytes < 2 * real
@@ -345,13 +368,13 @@ def test_one_output_larger_than_everything() -> None:
 
 
 def test_a_text_of_one_token_costs_little() -> None:
-    automaton = SuffixAutomaton(8, 16)
+    automaton = new(8, 16)
     automaton.extend([1] * 500)
-    chain, s = 0, automaton.last
+    chain, s = 0, automaton.follow((0, 0), [1] * 500)[0]
     while s > 0:
-        chain, s = chain + 1, automaton.link[s]
-    assert chain <= 17
-    assert automaton.count[walk(automaton, [1] * 8)] == 493
+        chain, s = chain + 1, numbers(automaton, s)[1]
+    assert 8 <= chain <= 17
+    assert numbers(automaton, walk(automaton, [1] * 8))[2] == 493
 
 
 @pytest.mark.parametrize(
@@ -360,6 +383,8 @@ def test_a_text_of_one_token_costs_little() -> None:
         {"tokens": 0},
         {"branching": 0},
         {"factor": 0.2, "offset": 0.5},
+        {"factor": float("inf")},
+        {"offset": float("nan")},
         {"min_prob": 1.5},
         {"bytes": 10},
         {"share": "maybe"},

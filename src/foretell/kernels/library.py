@@ -51,6 +51,15 @@ _SIGNATURES = {
     "ft_stream": (LONG, (PTR, LONG, INT)),
     "ft_race": (LONG, (PTR, LONG, ctypes.c_double, ctypes.c_uint64)),
     "ft_topk": (LONG, (PTR, LONG, LONG, LONG, PTR, LONG, LONG, PTR, PTR)),
+    "ft_automaton_create": (PTR, (LONG, LONG, LONG)),
+    "ft_automaton_destroy": (None, (PTR,)),
+    "ft_automaton_bytes": (LONG, (PTR,)),
+    "ft_automaton_begin": (None, (PTR,)),
+    "ft_automaton_extend": (LONG, (PTR, PTR, LONG)),
+    "ft_automaton_state": (LONG, (PTR, LONG, PTR)),
+    "ft_automaton_repeated": (LONG, (PTR,)),
+    "ft_automaton_follow": (LONG, (PTR, LONG, LONG, PTR, LONG)),
+    "ft_automaton_draft": (LONG, (PTR, *[LONG] * 5, *[ctypes.c_double] * 4, PTR, PTR)),
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
-from foretell.drafters.tables.automaton import Place, SuffixAutomaton
+from foretell.drafters.tables.automaton import AnyAutomaton, SuffixAutomaton
+from foretell.kernels.automaton import Place
 
 
 @dataclass(slots=True)
@@ -32,12 +33,18 @@ class Found:
     score: float = 0.0
 
 
-def best_draft(text: SuffixAutomaton, place: Place, limits: Limits, floor: float = 0.0) -> Found:
+def best_draft(text: AnyAutomaton, place: Place, limits: Limits, floor: float = 0.0) -> Found:
     """The draft with the highest score among those below the matched suffix and its suffixes.
 
     Short matches draft little and cannot score more than that, so the search goes from the longest
     match down and ends where no shorter one can win. Drafts of a score <= floor are not sought.
     """
+    if not isinstance(text, SuffixAutomaton):
+        drafted = text.draft(
+            *(place, limits.nodes, limits.depth, limits.branching),
+            *(limits.factor, limits.offset, limits.min_prob, floor),
+        )
+        return Found() if drafted is None else Found(*drafted)
     state, matched = place
     best = Found(score=floor)
     while state > 0:
@@ -128,6 +135,6 @@ def _tree(text: SuffixAutomaton, state: int, most: int, limits: Limits) -> Found
         found.parents.append(below)
         found.levels.append(level)
         found.probs.append(-p)
+        found.score -= p  # one by one: the sums of newer Pythons are rounded otherwise
         push(len(found.tokens) - 1, level + 1, after, -p)
-    found.score = sum(found.probs)
     return found
