@@ -10,7 +10,8 @@ from foretell import LLM, SamplingParams
 from foretell.core import registry
 from foretell.core.errors import InputError
 from foretell.core.tree import TokenTree
-from foretell.drafters.watch import EAGER, SHARE, Look, Watch, got
+from foretell.drafters.bursts import STEPS, Burst, Walk, got
+from foretell.drafters.watch import EAGER, MARGIN, SHARE, SPREAD, Watch
 from helpers_model import Cost, pair
 
 
@@ -30,59 +31,100 @@ def test_a_dead_node_gets_nothing() -> None:
     assert got(tree, [1, 3, 9]) == 2
 
 
-def test_a_look_waits_until_the_text_has_judged_every_tree() -> None:
-    trees = [TokenTree.context([5, 6]), TokenTree.build([5, 6], [1, 2, 3], [-1, 0, -1])]
-    look, watch = Look(10, 0, trees, [1.0, 1.0]), Watch(2)
-    assert [got(trees[1], text) for text in ([], [1], [1, 2], [3], [8])] == [0, 0, 3, 2, 1]
-    assert not watch.saw(look, [1])
-    assert watch.tokens == [0.0, 0.0]
-    assert watch.saw(look, [1, 2])
-    assert watch.rate(1) == 3 * watch.rate(0)
+def test_a_walk_takes_its_own_steps() -> None:
+    """Drafts of 3 on the text 1 1 1 1 2 1 ..: 4 tokens, then (asked at the player's next step) 1,
+    which stands for the two up to where it is asked again."""
+    text, walk = [9, 1, 1, 1, 1, 2, 1, 1, 1, 1], Walk()
+    assert walk.free(1)
+    walk.step(1, TokenTree.chain([9], [1, 1, 1]), 2.0)
+    walk.read(text[:4])
+    assert not walk.free(4), "3 tokens came, and nobody knows about the fourth"
+    walk.read(text[:5])
+    assert walk.emitted == 4
+    assert not walk.free(4)
+    assert walk.free(5)
+    walk.step(5, TokenTree.chain([1], [1, 1, 1]), 3.0)
+    walk.read(text[:7])
+    walk.step(7, TokenTree.chain([1], [1, 1]), 5.0)
+    assert walk.spent == 2.0 + 2 * 3.0
+    walk.read(text)
+    walk.close(9)
+    assert walk.spent == 2.0 + 2 * 3.0 + 5.0 * 2 / 3, "3 tokens are its step's, 2 are asked for"
+
+
+def test_a_burst_ends_when_the_text_has_judged_every_tree() -> None:
+    burst, text = Burst([Walk(), Walk()], 1), [5]
+    burst.walks[1].step(1, TokenTree.build([5], [1, 1, 2], [-1, 0, 1]), 3.0)
+    for _ in range(STEPS):
+        assert burst.open
+        burst.walks[0].step(len(text), TokenTree.context([5]), 1.0)
+        burst.steps += 1
+        text.append(1 if len(text) < 3 else 2)
+        judged = burst.read(text)
+    assert judged
+    assert (burst.start, burst.end) == (1, 1 + STEPS)
+    assert [w.spent for w in burst.walks] == [STEPS, 3.0 * STEPS / 4]
+
+    burst = Burst([Walk(), Walk()], 1, steps=STEPS)
+    burst.walks[0].step(1, TokenTree.context([5]), 1.0)
+    burst.walks[1].step(1, TokenTree.build([5], [1, 2, 3], [-1, 0, -1]), 1.0)
+    assert not burst.read([5, 1]), "2 may come behind it, or not"
+    assert burst.read([5, 1, 7])
+    assert (burst.start, burst.end) == (1, 2)
+    assert [w.spent for w in burst.walks] == [1.0, 1 / 2]
 
 
 class World:
-    """Drafters that draft one chain a step: each has its chance that a drafted token comes, its
-    length, and the seconds of a step (plain: 1); a text may be hard for all of them."""
+    """Texts that a drafter knows by chance: the token at a place comes as drafted if the luck of
+    the place is below the drafter's chance, so drafters agree. Each drafts a chain: (chance,
+    length, seconds of a step; plain: 1). Texts are easier or harder, by stretches."""
 
     def __init__(self, drafters: list[tuple[float, int, float]], seed: int) -> None:
-        self.drafters, self.dice = drafters, random.Random(seed)
+        self.drafters, dice = drafters, random.Random(seed)
+        self.luck: list[float] = []
+        while len(self.luck) < 6000:
+            ease = min(1.2, max(0.4, dice.gauss(0.95, 0.2)))
+            self.luck += [dice.random() / ease for _ in range(120)]
+        self.dice = dice
 
-    def text(self) -> float:
-        return min(1.2, max(0.4, self.dice.gauss(0.95, 0.2)))
+    def draft(self, i: int, at: int) -> list[int]:
+        """1 is what comes."""
+        p, n, _ = self.drafters[i]
+        return [1 if luck < p else 2 for luck in self.luck[at : at + n]]
 
-    def look(self, ease: float, player: int) -> tuple[Look, list[int]]:
-        """Token 1 is right; who is right farther is also right nearer, as drafters agree."""
-        luck = [self.dice.random() for _ in range(20)]
-        trees = [
-            TokenTree.chain([0], [1 if luck[i] < p * ease else 2 for i in range(n)])
-            for p, n, _ in self.drafters
-        ]
-        return Look(0, player, trees, [s for _, _, s in self.drafters]), [1] * 20
-
-    def tokens(self, arm: int, ease: float) -> float:
-        p, n, _ = self.drafters[arm]
-        return sum((p * ease) ** i for i in range(n + 1))
+    def alone(self, i: int, length: int, seconds: float) -> float:
+        """What it takes for a text of so many tokens."""
+        at, spent = 0, 0.0
+        while at < length:
+            at += got(TokenTree.chain([0], self.draft(i, at)), [1] * 40)
+            spent += seconds
+        return spent
 
     def loss(self, watch: Watch, steps: int, real: list[float] | None = None) -> float:
-        """Against the best drafter of all steps; `real`: the seconds of steps, where the model of
-        them is wrong."""
+        """Against the best drafter on the same text; `real`: the seconds of steps, where the model
+        of them is wrong."""
         real = real or [s for _, _, s in self.drafters]
-        sums = [[0.0, 0.0] for _ in range(len(real) + 1)]
-        ease = self.text()
+        at, spent, burst = 0, 0.0, None
         for step in range(steps):
-            ease = self.text() if step % 40 == 0 else ease
-            arm = watch.choose()
-            for i, a in enumerate([*range(len(real)), arm]):
-                sums[i][0] += self.tokens(a, ease)
-                sums[i][1] += real[a]
-            if watch.due:
+            arm = watch.leader
+            tree = TokenTree.chain([0], self.draft(arm, at))
+            if burst is None and watch.due(step):
+                burst = watch.begin(at)
+            if burst is not None and burst.open:
+                for i, walk in enumerate(burst.walks):
+                    if walk.free(at):
+                        walk.step(at, TokenTree.chain([0], self.draft(i, at)), self.drafters[i][2])
+                burst.steps += 1
                 watch.looked(0.05)
-                watch.saw(*self.look(ease, arm))
-            else:
-                modelled = self.drafters[arm][2]
-                watch.took(arm, modelled, real[arm] * (1 + self.dice.gauss(0, 0.1)))
-        *each, own = [tokens / seconds for tokens, seconds in sums]
-        return 1 - own / max(each)
+            watch.earned(real[arm])
+            if step % 4 == 0:
+                seconds = real[arm] * (1 + self.dice.gauss(0, 0.1))
+                watch.took(arm, self.drafters[arm][2], seconds)
+            at, spent = at + got(tree, [1] * 40), spent + real[arm]
+            if burst is not None and burst.read([1] * at):
+                watch.saw(burst)
+                burst = None
+        return 1 - min(self.alone(i, at, s) for i, s in enumerate(real)) / spent
 
 
 WORLDS = {
@@ -94,7 +136,7 @@ WORLDS = {
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_little_is_lost_from_the_first_step_on(name: str) -> None:
-    losses = [World(WORLDS[name], s).loss(Watch(4), 300) for s in range(12)]
+    losses = [World(WORLDS[name], s).loss(Watch(4), 600) for s in range(12)]
     assert sum(losses) / len(losses) < 0.03
 
 
@@ -102,57 +144,71 @@ def test_steps_that_take_longer_than_modelled_are_found_out() -> None:
     """The first drafter looks best, but its steps take half as much again."""
     real = [2.0, 1.3, 1.2, 1.0]
     losses = [World(WORLDS["blend"], s).loss(Watch(4), 400, real) for s in range(12)]
-    assert sum(losses) / len(losses) < 0.04
+    assert sum(losses) / len(losses) < 0.06
 
 
 def test_a_drafter_that_becomes_good_is_seen_while_another_plays() -> None:
-    world, watch = World(WORLDS["useless"], 0), Watch(4)
-    world.loss(watch, 300)
+    watch = Watch(4)
+    World(WORLDS["useless"], 0).loss(watch, 300)
     assert watch.leader == 3
-    world.drafters = WORLDS["lookup"]
-    assert world.loss(watch, 300) < 0.2
+    World(WORLDS["lookup"], 1).loss(watch, 300)
     assert watch.leader == 2
 
 
-def test_a_long_copy_is_not_counted_at_each_of_the_players_steps() -> None:
+class Stays(Watch):
+    def choose(self) -> None:
+        """Nobody else plays."""
+
+
+def test_copies_are_counted_as_each_takes_them() -> None:
     """A text of copies of 12 tokens and 4 tokens that nobody knows. One drafter copies 3 at a time
     (step: 1.0), the other 12 (step: 1.6), so they take 4 * 1 + 3 * 1 and 4 * 1.6 + 1.6 a round."""
-    for player, length in ((0, 3), (1, 12)):
-        watch, place = Watch(2), 0
-        for _ in range(400):
-            left = max(0, 12 - place % 16)
-            trees = [TokenTree.chain([0], [1] * n if left else [2] * n) for n in (3, 12)]
-            step = 1 + min(length, left)
-            for tree in trees:
-                tree.tokens[1 + min(left, len(tree) - 1) :] = 2
-            watch.saw(Look(0, player, trees, [1.0, 1.6]), [1] * 20)
-            place += step
-        rates = [16 / 7, 16 / 8]
-        assert watch.rate(0) > watch.rate(1), "whoever plays"
-        for i in range(2):
-            assert abs(watch.rate(i) / rates[i] - 1) < 0.25
+    world = World([(0.5, 3, 1.0), (0.5, 12, 1.6)], 0)
+    rounds = [[0.0] * 12 + [1.0] * 4 for _ in range(500)]
+    for place in range(0, 500, 7):  # or the bursts keep step with them
+        rounds[place] += [1.0] * 2
+    world.luck = [luck for text in rounds for luck in text]
+    for player in range(2):
+        watch = Stays(2, leader=player, credit=1e9)  # looks all the time
+        world.loss(watch, 800)
+        for i, rate in enumerate([16 / 7, 16 / 8]):
+            assert abs(watch.rate(i) / rate - 1) < 0.25
 
 
 def test_looking_is_paid_for() -> None:
-    watch, looks = Watch(2), 0
+    watch, bursts = Watch(2), 0
     for _ in range(2000):
-        if watch.due:
+        if watch.due(SPREAD):
+            watch.begin(0)
             watch.looked(0.5)
-            looks += 1
-        watch.took(0, 1.0, 1.0)
-    assert EAGER < looks <= EAGER + 2 + SHARE * 2000 / 0.5
+            bursts += 1
+        watch.earned(1.0)
+    assert EAGER < bursts <= EAGER + 2 + SHARE * 2000 / 0.5
+
+
+def burst(*seconds: float) -> Burst:
+    return Burst([Walk(spent=s) for s in seconds], 0, STEPS, 10)
+
+
+def test_bursts_that_agree_on_nothing_do_not_depose_the_leader() -> None:
+    watch = Watch(2)
+    for spent in [(0.4, 1.0), (1.0, 0.4), (0.4, 0.9), (1.0, 0.4)]:
+        watch.saw(burst(*spent))
+    assert watch.rate(1) > (1 + MARGIN) * watch.rate(0)
+    assert watch.leader == 0
+    for _ in range(12):
+        watch.saw(burst(0.7, 0.6))
+    assert watch.leader == 1
 
 
 def test_one_slow_step_is_not_held_against_a_drafter_for_ever() -> None:
-    watch = Watch(2)
-    look = Look(0, 1, [TokenTree.chain([0], [1]), TokenTree.context([0])], [1.0, 1.0])
-    watch.leader, watch.judged = 1, EAGER
+    watch = Watch(2, leader=1)
     for _ in range(3):
         watch.took(0, 1.0, 9.0)
-    assert watch.off[0] > 1.9
+    assert watch.off[0] > 1.7
     for _ in range(60):
-        watch.saw(look, [1, 1])
-    assert watch.choose() == 0
+        watch.saw(burst(1 / 2, 1.0))
+    assert watch.leader == 0
 
 
 def test_the_bandit_watches_and_says_what_plain_decoding_says() -> None:
@@ -166,8 +222,8 @@ def test_the_bandit_watches_and_says_what_plain_decoding_says() -> None:
     got = [o.token_ids for o in llm.generate(prompts, params)]
     plain = LLM(target, draft="none", context=context)
     assert got == [o.token_ids for o in plain.generate(prompts, params)]
-    assert sum(w.looks for w in bandit.player.known.values()) >= EAGER
-    assert all(sum(w.tokens) > 0 for w in bandit.player.known.values())
+    assert sum(w.bursts for w in bandit.player.known.values()) >= EAGER
+    assert all(w.tokens > 0 for w in bandit.player.known.values())
 
 
 def test_watching_parts_that_draw_is_refused() -> None:

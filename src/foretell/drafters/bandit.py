@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from foretell.drafters.pulls import Pulls
 
 EAR = 8  # one step of so many of other parts' is told to a part that reads rows of logits
 RULES = ("watch", "ucb", "exp3")
-DEFAULT = "blend+suffix+prompt-lookup+none"
+DEFAULT = "suffix+blend+prompt-lookup+none"
 
 
 class Player(Protocol):
@@ -39,8 +39,8 @@ class Player(Protocol):
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> bool:
-        """The part's draft, and how long it took. True if the others were asked, too."""
+    ) -> set[int]:
+        """The part's draft, and how long it took. Which others were asked, too."""
         ...
 
     def over(self, play: Any, tokens: int, seconds: float, alone: bool) -> None:
@@ -55,16 +55,16 @@ class BanditState:
     play: Any
     part: int = -1
     started: float = 0.0
-    all_asked: bool = False
+    asked: set[int] = field(default_factory=set)  # parts that did not draft, but were asked
 
 
 class Bandit(Composed):
     """Lets one of its parts draft at a time (``of=A+B+none``): the one that makes most tokens per
     second, drafting, target and verification included.
 
-    rule=``watch`` (default, where no part draws from a q): now and then all parts draft at the same
-    place, and the text that came tells what each would have got there (`looks.Looks`). No step is
-    spent on trying. ``ucb`` or ``exp3``: a part's worth is seen only by playing it, some steps at
+    rule=``watch`` (default, where no part draws from a q): now and then all parts walk over the
+    same text, and what came tells what each would have got there (`looks.Looks`). No step is spent
+    on trying. ``ucb`` or ``exp3``: a part's worth is seen only by playing it, some steps at
     a time (`pulls.Pulls`).
 
     What was learned is kept by class of request (how much of the prompt repeats itself, and whether
@@ -123,7 +123,7 @@ class Bandit(Composed):
         return state.parts
 
     def drafted_by(self, state: BanditState, part: int) -> bool:
-        return state.part == part or state.all_asked
+        return state.part == part or part in state.asked
 
     def spares(self, part: int) -> bool:
         return self.heard % EAR > 0 and getattr(self.parts[part], "may_miss", False)
@@ -132,12 +132,11 @@ class Bandit(Composed):
         self, states: Sequence[BanditState], views: Sequence[SeqView], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
         found: list[TokenTree | None] = [None] * len(views)
-        for s in states:
+        players: dict[int, list[int]] = {}
+        for i, s in enumerate(states):
             s.part = self.player.choose(s.play)
-        for p in range(len(self.parts)):
-            mine = [i for i, s in enumerate(states) if s.part == p]
-            if not mine:
-                continue
+            players.setdefault(s.part, []).append(i)
+        for p, mine in sorted(players.items()):
             start = perf_counter()
             trees = self.ask(
                 p,
@@ -149,9 +148,7 @@ class Bandit(Composed):
             for i, tree in zip(mine, trees, strict=True):
                 found[i], s = tree, states[i]
                 s.started = start
-                s.all_asked = self.player.drafted(
-                    s.play, views[i], budgets[i], tree, each, len(views)
-                )
+                s.asked = self.player.drafted(s.play, views[i], budgets[i], tree, each, len(views))
         return [t for t in found if t is not None]
 
     def _ask_one(self, part: int, state: Any, view: SeqView, budget: Budget) -> TokenTree:

@@ -1,42 +1,43 @@
-"""A bandit that need not play to learn: now and then all drafters draft at the same place."""
+"""A bandit that need not play to learn: now and then all drafters walk over the same text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 from foretell.core.protocols import Budget, CostModel, SeqView
 from foretell.core.tree import TokenTree
+from foretell.drafters.bursts import Burst
 from foretell.drafters.compose import drafts
-from foretell.drafters.watch import SLOW, Look, Watch
+from foretell.drafters.watch import SLOW, Watch
 
 Ask = Callable[[int, Any, SeqView, Budget], TokenTree]
 """Let one part draft for one sequence: part, its state, view, budget."""
 
 
+EVERY = 4  # of so many steps one is timed
+NOBODY: set[int] = set()
+
+
 @dataclass(slots=True)
 class Looking:
-    """One sequence: what its class knows, its looks that cannot be judged yet, and this step."""
+    """One sequence: what its class knows, the burst it is in, and this step."""
 
     view: SeqView
     parts: list[Any]
     watch: Watch
     part: int = -1
-    last: int = -1  # who drafted in the step before
-    modelled: float = 0.0  # seconds that this step should take
-    looks: list[Look] = field(default_factory=list)
-    now: bool = False  # a look in this step
-    before: bool = False  # one in some step before
+    awake: int = 0  # steps that this part has drafted in a row
+    steps: int = 0
+    modelled: float = 0.0  # seconds that this step should take, if it is timed
+    aside: float = 0.0  # seconds of it that went into looking
+    burst: Burst | None = None
 
 
 class Looks:
-    """rule=watch (`watch.Watch`), by class of request.
-
-    In simulation (tests/unit/test_watch.py) less than 3 % is lost against the best of four drafters
-    from the first of 300 steps on.
-    """
+    """rule=watch (`watch.Watch`), by class of request."""
 
     def __init__(self, count: int, cost: CostModel, ask: Ask) -> None:
         self.count, self.cost, self.ask = count, cost, ask
@@ -45,12 +46,13 @@ class Looks:
 
     def begin(self, key: Hashable, view: SeqView, parts: list[Any]) -> Looking:
         if key not in self.known:
-            most = max(self.known.values(), key=lambda w: w.looks, default=None)
+            most = max(self.known.values(), key=lambda w: w.judged, default=None)
             self.known[key] = most.heir() if most else Watch(self.count)
         return Looking(view, parts, self.known[key])
 
     def choose(self, play: Looking) -> int:
-        play.last, play.part = play.part, play.watch.choose()
+        play.awake = play.awake + 1 if play.part == play.watch.leader else 0
+        play.part, play.steps = play.watch.leader, play.steps + 1
         return play.part
 
     def drafted(
@@ -61,36 +63,59 @@ class Looks:
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> bool:
-        """Notes what the step should take; if it is time to, lets the others draft, too."""
+    ) -> set[int]:
+        """Notes what the step should take; in a burst, lets those others draft whose walk has come
+        here."""
+        play.modelled = play.aside = 0.0
+        if play.awake and play.steps % EVERY == 0:
+            play.modelled = seconds + self._forward(tree, view, sequences)
+        if play.burst is None and play.watch.due(play.steps):
+            play.burst = play.watch.begin(len(view.tokens))
+        if play.burst is not None and play.burst.open:
+            return self._look(play, view, budget, tree, seconds, sequences)
+        return NOBODY
 
-        def forward(tree: TokenTree) -> float:
-            rows = sequences * (1 + drafts(tree))
-            return self.cost.seconds(rows, sequences * view.cached, sequences)
+    def _forward(self, tree: TokenTree, view: SeqView, sequences: int) -> float:
+        rows = sequences * (1 + drafts(tree))
+        return self.cost.seconds(rows, sequences * view.cached, sequences)
 
-        play.modelled, play.now = seconds + forward(tree), play.watch.due
-        if not play.now:
-            return False
-        start, trees = perf_counter(), []
-        for p in range(self.count):
-            begin, other = perf_counter(), tree
+    def _look(
+        self,
+        play: Looking,
+        view: SeqView,
+        budget: Budget,
+        tree: TokenTree,
+        seconds: float,
+        sequences: int,
+    ) -> set[int]:
+        burst, start, asked = play.burst, perf_counter(), set[int]()
+        assert burst is not None
+        for p, walk in enumerate(burst.walks):
+            if not walk.free(len(view.tokens)):
+                continue
+            begin, own, spent = perf_counter(), tree, seconds
             if p != play.part:
-                other = self.ask(p, play.parts[p], view, budget)
-            spent = seconds if p == play.part else perf_counter() - begin
-            if play.before or p not in self.drafting:  # the first time it reads the whole prompt
+                own = self.ask(p, play.parts[p], view, budget)
+                spent = perf_counter() - begin
+                asked.add(p)
+            if burst.steps or p not in self.drafting:  # at first it catches up with the text
                 old = self.drafting.get(p, spent)
                 self.drafting[p] = old + SLOW * (min(spent, 3 * old) - old)
-            trees.append(other)
-        times = [self.drafting[p] + forward(t) for p, t in enumerate(trees)]
-        play.looks.append(Look(len(view.tokens), play.part, trees, times))
-        play.before = True
-        play.watch.looked(perf_counter() - start)
-        return True
+            modelled = self.drafting[p] + self._forward(own, view, sequences)
+            walk.step(len(view.tokens), own, modelled)
+        burst.steps += 1
+        play.aside = perf_counter() - start
+        play.watch.looked(play.aside)
+        return asked
 
     def over(self, play: Looking, tokens: int, seconds: float, alone: bool) -> None:
-        if alone and not play.now:
-            awake = play.last == play.part
-            play.watch.took(play.part, play.modelled, seconds, awake)
-        text = play.view.tokens
-        while play.looks and play.watch.saw(play.looks[0], text[play.looks[0].at :]):
-            del play.looks[0]
+        watch, burst = play.watch, play.burst
+        watch.earned(seconds)
+        if play.modelled and alone:
+            watch.took(play.part, play.modelled, seconds - play.aside)
+        if burst is not None:
+            start = perf_counter()
+            if burst.read(play.view.tokens):
+                watch.saw(burst)
+                play.burst = None
+            watch.looked(perf_counter() - start)

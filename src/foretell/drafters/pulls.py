@@ -57,8 +57,8 @@ class Pulls:
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> bool:
-        return False
+    ) -> set[int]:
+        return set()
 
     def over(self, play: Pull, tokens: int, seconds: float, alone: bool) -> None:
         play.steps += 1
