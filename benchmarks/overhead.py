@@ -59,8 +59,8 @@ class TableTarget:
     def __init__(self, vocab: int, period: int = 12, slip: int = 9) -> None:
         self.spec = ModelSpec(vocab, 4, 2, 1 << 20, name="table")
         self.device = torch.device("cpu")
-        if library := kernels.load():
-            self.race, self.topk = library.race, library.topk  # as models on the kernels have
+        library = kernels.load()  # what models on the kernels have; they know the best tokens, too
+        self.race, self.topk = (library.race, library.topk) if library else (None, None)
         self.rows = torch.randn(256, vocab)
         self.period, self.slip = period, slip
         self.seconds = 0.0
@@ -81,8 +81,9 @@ class TableTarget:
         logits = self.rows[torch.from_numpy(ids % 256)]
         jump = 5 if self.calls % self.slip == 0 else 1
         logits[torch.arange(len(ids)), torch.from_numpy((ids + jump) % self.period)] = 50.0
+        best = None if self.race is None else logits.numpy().argmax(-1)
         self.seconds += time.perf_counter() - start
-        return Output(logits)
+        return Output(logits, best=best)
 
     def embed(self, tokens: Any) -> Any: ...
     def unembed(self, hidden: Any) -> Any: ...

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from foretell.core.params import SamplingParams
-
-
-class Piece(NamedTuple):
-    """One kept token and the text that became certain with it."""
-
-    token: int
-    text: str
 
 
 class Finish:
@@ -38,32 +31,34 @@ class Finish:
         self.text = ""  # everything said, stop strings cut off
         self.held = ""  # a tail that may be the beginning of a stop string
 
-    def take(self, tokens: Sequence[int]) -> list[Piece]:
-        """The tokens that are kept, in order; `reason` is set when the last of them ends it."""
-        pieces = []
+    def take(self, tokens: Sequence[int]) -> list[str]:
+        """The text that became certain with each token that is kept: the first so many of
+        `tokens`. `reason` is set when the last of them ends the sequence."""
+        texts = []
         for token in tokens:
             if self.reason is not None:
                 break
             self.count += 1
-            pieces.append(self._one(token))
-        return pieces
+            texts.append(self._one(token))
+        return texts
 
-    def _one(self, token: int) -> Piece:
+    def _one(self, token: int) -> str:
+        stops = self.params.stop
         if token in self.stop_ids and self.count > self.params.min_tokens:
             self.reason = "stop"
-            return Piece(token, self._release(self._flush()))
+            return self._release(self._flush())
         said = self.decoder.push(token) if self.decoder else ""
-        if self.params.stop and self.count >= self.params.min_tokens:
+        if stops and self.count >= self.params.min_tokens:
             pending = self.held + said
-            at, word = first_stop(pending, self.params.stop)
+            at, word = first_stop(pending, stops)
             if word:
                 self.reason = "stop"
                 end = at + len(word) if self.params.include_stop else at
-                return Piece(token, self._say(pending[:end]))
+                return self._say(pending[:end])
         if self.count >= self.room:
             self.reason = "length"
-            return Piece(token, self._release(said + self._flush()))
-        return Piece(token, self._release(said, hold=bool(self.params.stop)))
+            return self._release(said + self._flush())
+        return self._release(said, hold=True) if stops else self._say(said)
 
     def _flush(self) -> str:
         return self.decoder.flush() if self.decoder else ""

@@ -31,14 +31,21 @@ class ProcessedRows:
         self.rows, self.tree, self.processors, self.masks = rows, tree, processors, masks
         self.states = hidden
         self.deterministic = processors.params.greedy
-        self.host = rows.packed.device.type == "cpu"
+        self.host = rows.best is not None or rows.packed.device.type == "cpu"
+        self.as_made = not processors.adjusts and masks is None
+        """Whether nothing changes which logit of a row is the largest."""
 
     def greedy(self, nodes: Sequence[int]) -> list[int]:
-        if not self.processors.adjusts and self.masks is None:
+        if self.as_made:
             return self.rows.argmax(nodes)
         logits = self.rows[nodes]
         logits = self.processors.legal(logits, self._paths(nodes), self._mask(nodes, logits))
         return argmax_rows(logits)
+
+    @property
+    def said(self) -> dict[int, int] | None:
+        """Node -> `greedy` of it, of all nodes with a row, where nobody need look for it."""
+        return self.rows.known if self.as_made else None
 
     def probs(self, nodes: Sequence[int], read: Sequence[int] | None = None) -> Tensor:
         logits = self.rows[nodes if read is None else read]

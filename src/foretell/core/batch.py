@@ -73,6 +73,10 @@ class Output:
 
     logits: Tensor
     hidden: dict[Tap, Tensor] = field(default_factory=dict)
+    best: np.ndarray | None = None
+    """[R] int64: the column of each row's largest logit, as numpy's argmax has it, from models that
+    find it on the host while they make the row. It belongs to these very logits: whoever changes a
+    row, in place or by putting another tensor here, sets this to None."""
 
 
 def segment_of(tree: TokenTree, start: int, logits: Sequence[int] | None) -> Segment:

@@ -25,6 +25,7 @@ class Rows:
 
     packed: Tensor  # [R, X]
     row: np.ndarray  # [N] int64, packed row of each node, -1 = none
+    best: np.ndarray | None = None  # [R] int64, the column of each row's largest entry (`Output`)
     _host: np.ndarray | None = field(default=None, repr=False)  # packed, where it lies on a CPU
 
     def __getitem__(self, nodes: int | Sequence[int]) -> Tensor:
@@ -41,8 +42,13 @@ class Rows:
         return self.packed[rows]
 
     def argmax(self, nodes: Sequence[int]) -> list[int]:
-        """`argmax_rows` of the nodes' rows; of one on a CPU without any tensor in between, which
-        would take longer than the search."""
+        """`argmax_rows` of the nodes' rows, looked up where the model has found it. Of one on a CPU
+        without any tensor in between, which would take longer than the search."""
+        if self.best is not None:
+            rows = self.row[nodes]
+            if (rows < 0).any():
+                raise KeyError(f"no row was computed for one of the nodes {nodes}")
+            return self.best[rows].tolist()
         if len(nodes) != 1:
             return argmax_rows(self[nodes])
         if self._host is None:
@@ -53,6 +59,14 @@ class Rows:
         if row < 0:
             raise KeyError(f"no row was computed for node {nodes[0]}")
         return [int(self._host[row].argmax())]
+
+    @property
+    def known(self) -> dict[int, int] | None:
+        """Node -> `argmax` of it, of all nodes with a row, where the model has found them."""
+        if self.best is None:
+            return None
+        best = self.best.tolist()
+        return {node: best[row] for node, row in enumerate(self.row.tolist()) if row >= 0}
 
     def has(self, node: int) -> bool:
         return bool(self.row[node] >= 0)

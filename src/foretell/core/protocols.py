@@ -291,7 +291,11 @@ class Drafter(Protocol):
 
 
 class TargetRows(Protocol):
-    """The target's processed rows of one sequence, computed when asked for."""
+    """The target's processed rows of one sequence, computed when asked for.
+
+    An attribute is optional: ``said: dict[int, int] | None``, what `greedy` says of every node with
+    a row, where that is known already.
+    """
 
     deterministic: bool  # temperature 0: the token after a node is `greedy` of it
     host: bool  # the rows lie on the host: to ask node by node, as the walk goes, costs least

@@ -177,9 +177,9 @@ class TokenTree:
     def children(self, node: int) -> list[int]:
         """CANDIDATE and DEAD children of `node` in draw order."""
         if self._children is None:
-            table: list[list[int]] = [[] for _ in range(len(self))]
-            rider, kinds, parents = int(Kind.RIDER), self.kind.tolist(), self.parent.tolist()
-            for i in range(self.n_context, len(self)):
+            kinds, parents, rider = self.kind.tolist(), self.parent.tolist(), int(Kind.RIDER)
+            table: list[list[int]] = [[] for _ in kinds]
+            for i in range(self.n_context, len(kinds)):
                 if kinds[i] != rider:
                     table[parents[i]].append(i)
             self._children = table

@@ -9,7 +9,6 @@ from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, Needs, Promise, SeqView
 from foretell.core.rng import mix
-from foretell.core.rows import argmax_rows
 from foretell.core.tree import Kind, TokenTree
 from foretell.drafters.tables.runs import Pool, prefix_tree
 
@@ -135,7 +134,7 @@ class Lookahead:
         nodes = list(range(last, last + width))
         if not all(f.logits.has(n) for n in nodes):
             return
-        levels, base = [*levels, argmax_rows(f.logits[nodes])], asked.base
+        levels, base = [*levels, f.logits.argmax(nodes)], asked.base
         if len(levels) == self.ngram:
             for column in zip(*levels, strict=True):
                 state.pool.add(column[0], column[1:])

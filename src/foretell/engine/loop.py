@@ -115,9 +115,11 @@ class Engine:
             t2 = perf_counter()
             verdicts, feedback, events = [], [], []
             for i, (turn, tree) in enumerate(zip(turns, trees, strict=True)):
-                packed, wanted = _rows(batch, i, tree)
-                logits = Rows(out.logits, wanted)
-                hidden = {k: Rows(h, packed) for k, h in out.hidden.items()}
+                logits = Rows(out.logits, _logit_rows(batch, i, tree), out.best)
+                hidden = {}
+                if out.hidden:
+                    rows = _packed_rows(batch, i, tree)
+                    hidden = {k: Rows(h, rows) for k, h in out.hidden.items()}
                 verdict, said = self._decide(turn, tree, logits, masks[i], hidden)
                 verdicts.append(verdict)
                 events.append(said)
@@ -329,30 +331,29 @@ class Engine:
         """Stop first: what is cut here is never committed."""
         if not verdict.tokens:
             return []
-        nodes = [tree.tip, *verdict.path]
-        accepted = verdict.accepted
-        pieces = seq.finish.take(verdict.tokens)
-        verdict.cut(len(pieces))
-        base = seq.said
-        events = []
-        for i, piece in enumerate(pieces):
-            top = None
-            if seq.params.logprobs is not None:
-                top = top_logprobs(logits[nodes[i]], piece.token, seq.params.logprobs)
-                seq.logprobs.append(top)
-            drafted = i < accepted
-            seq.drafted.append(drafted)
-            events.append(
-                TokenEvent(seq.request, seq.sample, base + i, piece.token, piece.text, drafted, top)
-            )
+        nodes, accepted, base = [tree.tip, *verdict.path], verdict.accepted, seq.said
+        texts = seq.finish.take(verdict.tokens)
+        if len(texts) < len(verdict.tokens):
+            verdict.cut(len(texts))
+        tops: Seq[TopLogprobs | None] = [None] * len(texts)
+        if (n := seq.params.logprobs) is not None:
+            said = zip(nodes, verdict.tokens, strict=False)
+            tops = [top_logprobs(logits[node], token, n) for node, token in said]
+            seq.logprobs += tops
+        request, sample = seq.request, seq.sample
+        events = [
+            TokenEvent(request, sample, base + i, token, text, i < accepted, top)
+            for i, (token, text, top) in enumerate(zip(verdict.tokens, texts, tops, strict=True))
+        ]
+        seq.drafted += [event.drafted for event in events]
         events[-1].finish_reason = seq.finish.reason
         seq.tokens.extend(verdict.tokens)
         if not seq.stats.steps:
             seq.stats.first = perf_counter()
-            seq.stats.first_step = len(pieces)
+            seq.stats.first_step = len(texts)
         drafts = tree.drafted
-        seq.stats.add(drafts, len(pieces))
-        self.totals.emitted(drafts, len(pieces))
+        seq.stats.add(drafts, len(texts))
+        self.totals.emitted(drafts, len(texts))
         if seq.constraint is not None:
             events += self._force(seq, verdict.tokens)
         return events
@@ -363,14 +364,16 @@ class Engine:
         seq.constraint.advance(emitted)
         if seq.finish.reason is not None or seq.params.logprobs is not None:
             return []  # with logprobs every token is drawn, from a row of its own
-        pieces = seq.finish.take(seq.constraint.forced()[: _room(seq)])
+        forced = seq.constraint.forced()[: _room(seq)]
         base = seq.said
         events = [
-            TokenEvent(seq.request, seq.sample, base + i, p.token, p.text, True)
-            for i, p in enumerate(pieces)
+            TokenEvent(seq.request, seq.sample, base + i, token, text, True)
+            for i, (token, text) in enumerate(
+                zip(forced, seq.finish.take(forced), strict=False)  # it may end before the last
+            )
         ]
         if events:
-            tokens = [p.token for p in pieces]
+            tokens = [event.token for event in events]
             seq.tokens.extend(tokens)
             seq.drafted += [True] * len(tokens)
             self.totals.generated += len(tokens)
@@ -408,21 +411,29 @@ def _room(seq: Sequence) -> int:
     return seq.finish.room - seq.said
 
 
-def _rows(batch: PackedBatch, i: int, tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
-    """For every node its packed row and its row among the packed logits; [N] each, -1 = none."""
-    wanted, live, n = batch.segments[i].logits, tree.live, len(tree)
-    if len(live) == n and (wanted is None or len(wanted) == n - tree.tip):
-        first = 0 if wanted is None else tree.tip  # nearly always: no DEAD nodes, all rows wanted
-        nodes = np.arange(n)
-        logits = nodes + (batch.logit_offsets[i] - first)
-        logits[:first] = -1
-        return nodes + batch.offsets[i], logits
-    packed = np.full(len(tree), -1, np.int64)
-    packed[live] = np.arange(len(live)) + batch.offsets[i]
-    logits = np.full(len(tree), -1, np.int64)
+def _logit_rows(batch: PackedBatch, i: int, tree: TokenTree) -> np.ndarray:
+    """For every node its row among the packed logits; [N], -1 = none."""
+    wanted, live, n, at = batch.segments[i].logits, tree.live, len(tree), batch.logit_offsets[i]
+    first = 0 if wanted is None else tree.tip
+    if len(live) == n and (wanted is None or len(wanted) == n - first):  # nearly always
+        if first == at == 0:
+            return live  # 0 .. n - 1
+        rows = np.arange(at - first, at - first + n)
+        if first:
+            rows[:first] = -1
+        return rows
+    rows = np.full(n, -1, np.int64)
     nodes = live if wanted is None else live[wanted]
-    logits[nodes] = np.arange(len(nodes)) + batch.logit_offsets[i]
-    return packed, logits
+    rows[nodes] = np.arange(at, at + len(nodes))
+    return rows
+
+
+def _packed_rows(batch: PackedBatch, i: int, tree: TokenTree) -> np.ndarray:
+    """For every node its packed row; [N], -1 = none."""
+    live, at = tree.live, batch.offsets[i]
+    rows = np.full(len(tree), -1, np.int64)
+    rows[live] = np.arange(at, at + len(live))
+    return rows
 
 
 def _local(tree: TokenTree, path: Seq[int]) -> list[int]:

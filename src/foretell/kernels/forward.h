@@ -81,6 +81,7 @@ struct Call {
   const Copy* embeds;  // rows that do not come from the table
   int64_t embed_count;
   double* seconds;  // [STAGES] time spent in each stage is added, or null
+  int64_t* best;    // [logit_count] column of each row's largest logit (forward_best.cpp), or null
 };
 
 enum Stage {

@@ -50,6 +50,7 @@ void Run::lay_out(Layout& l) {
   own_h = l.take<Ready>(threads);
   tile = l.take<float*>(threads);
   scratch = l.take<float*>(threads);
+  best = l.take<Best*>(threads);
   const int64_t tile_rows = std::min(t, TILE);
   const int64_t together = std::max(attention_rows, std::min(t, TOGETHER));
   for (int i = 0; i < threads; ++i) {
@@ -57,8 +58,9 @@ void Run::lay_out(Layout& l) {
                 d = l.ready(few, m.ffn, false);
     float* e = l.take<float>(2 * tile_rows * PANEL);
     float* f = l.take<float>(attention_scratch(together * m.group(), plan.most, m.size));
+    Best* g = l.take<Best>(c.best ? c.logit_count : 0);
     if (!l.base) continue;
-    own[i] = a, own_out[i] = b, own_h[i] = d, tile[i] = e, scratch[i] = f;
+    own[i] = a, own_out[i] = b, own_h[i] = d, tile[i] = e, scratch[i] = f, best[i] = g;
   }
 }
 

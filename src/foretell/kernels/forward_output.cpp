@@ -50,18 +50,25 @@ void Run::finish(Team& team, Clock& clock) {
   Rows in = as_rows(to);
   in.rows = c.logit_count;
   clock.at(STAGE_NORM);
+  const bool shaped = m.logit_scale != 1.0f || m.logit_cap > 0.0f;
+  Best* best_here = c.best ? best[team.rank] : nullptr;
+  if (best_here) clear_best(best_here);
   each_panel(team, w.panels, [&](int64_t begin, int64_t end) {
-    product(w, in, begin, end, c.logits + begin * PANEL, m.vocab);
-    if (m.logit_scale != 1.0f || m.logit_cap > 0.0f) shape_logits(begin, end);
+    for (int64_t p = begin; p < end; ++p) {  // what a panel gave is looked at while it is in L1
+      product(w, in, p, p + 1, c.logits + p * PANEL, m.vocab);
+      if (shaped) shape_logits(p);
+      if (best_here) note_best(best_here, p);
+    }
   });
   team.barrier();
+  if (c.best && team.rank == 0) tell_best(team);
   clock.at(STAGE_HEAD);
 }
 
-void Run::shape_logits(int64_t b, int64_t e) {
-  const int64_t end = std::min(e * PANEL, m.vocab);
+void Run::shape_logits(int64_t panel) {
+  const int64_t end = std::min((panel + 1) * PANEL, m.vocab);
   for (int64_t i = 0; i < c.logit_count; ++i)
-    for (int64_t j = b * PANEL; j < end; j += LANES) {
+    for (int64_t j = panel * PANEL; j < end; j += LANES) {
       float* p = c.logits + i * m.vocab + j;
       const int64_t left = std::min<int64_t>(LANES, end - j);
       float part[LANES] = {0};

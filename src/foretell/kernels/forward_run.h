@@ -63,6 +63,11 @@ struct Clock {  // adds up the seconds of each stage, on the first thread
   }
 };
 
+struct Best {  // the largest logit of a row among those that one thread has made
+  float value;
+  int64_t column;
+};
+
 struct Run {
   const Model& m;
   const Call& c;
@@ -79,6 +84,7 @@ struct Run {
   Ready* own_h;    // of width F
   float** tile;    // [2][TILE][PANEL]
   float** scratch;
+  Best** best;     // [logit_count]
 
   Run(const Model& model, const Call& call, const KeyPlan& keys, int count)
       : m(model), c(call), plan(keys), threads(count), rows(call.rows) {}
@@ -145,7 +151,12 @@ struct Run {
   void tap(int64_t layer);
   void copy_out(float* to) const;
   void finish(Team& team, Clock& clock);
-  void shape_logits(int64_t b, int64_t e);
+  void shape_logits(int64_t panel);
+
+  // -- forward_best.cpp
+  void clear_best(Best* mine) const;
+  void note_best(Best* mine, int64_t panel) const;
+  void tell_best(const Team& team) const;
 };
 
 }  // namespace ft

@@ -5,7 +5,7 @@ from __future__ import annotations
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import Draw, Draws, Promise, TargetRows
 from foretell.core.tree import TokenTree
-from foretell.verify.walk import answers, follow
+from foretell.verify.walk import argmaxes, follow
 
 
 class Greedy:
@@ -24,4 +24,4 @@ class Greedy:
     draw = Draw.TOP
 
     def __call__(self, tree: TokenTree, p: TargetRows, rng: Draws, position: int) -> Verdict:
-        return follow(tree, answers(tree, p, p.greedy))
+        return follow(tree, argmaxes(tree, p))

@@ -31,6 +31,12 @@ def answers(tree: TokenTree, p: TargetRows, ask: Ask) -> Callable[[int], int]:
     return dict(zip(nodes, ask(nodes), strict=True)).__getitem__
 
 
+def argmaxes(tree: TokenTree, p: TargetRows) -> Callable[[int], int]:
+    """The target's argmax after a node: looked up where it is known, else `answers`."""
+    said: dict[int, int] | None = getattr(p, "said", None)
+    return answers(tree, p, p.greedy) if said is None else said.__getitem__
+
+
 def follow(tree: TokenTree, answer: Callable[[int], int]) -> Verdict:
     """Walk from the tip along children whose token is the answer at their parent.
 

@@ -48,7 +48,7 @@ _SIGNATURES = {
 }
 _INT64 = np.dtype(np.int64)
 _SHORT_TABLE = 5  # an Outcome of the same header
-_CALL = 21  # numbers of a Call (kernels/forward.h), before its lists
+_CALL = 22  # numbers of a Call (kernels/forward.h), before its lists
 
 
 class FusedModel:
@@ -168,14 +168,15 @@ class FusedModel:
         hidden = self._buffers(taps, batch.rows) if taps else {}
         segments = batch.segments
         wanted = segments[0].logits if len(segments) == 1 else batch.logit_rows()
-        logits = torch.empty(batch.rows if wanted is None else len(wanted), self.arch.vocab)
-        self._run(batch, txn, self._layers, logits=logits, wanted=wanted, hidden=hidden)
+        count = batch.rows if wanted is None else len(wanted)
+        logits, best = torch.empty(count, self.arch.vocab), np.empty(count, np.int64)
+        self._run(batch, txn, self._layers, logits=logits, best=best, wanted=wanted, hidden=hidden)
         txn.plan = None
         for i, segment in enumerate(segments):  # `txn.advance`; the positions are written already
             n = len(segment.tokens)
             txn.caches[i].used += n
             txn.scratch[i] += n
-        return Output(logits, hidden)
+        return Output(logits, hidden, best)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -230,6 +231,7 @@ class FusedModel:
         layers: np.ndarray,
         *,
         logits: Tensor | None = None,
+        best: np.ndarray | None = None,
         wanted: np.ndarray | None = None,
         hidden: Mapping[Tap, Tensor] = MappingProxyType({}),
         x_in: Tensor | None = None,
@@ -287,6 +289,8 @@ class FusedModel:
                 numbers += (at + row, vector.data_ptr())
         numbers[16], numbers[19] = (embeds - taps) // 2, (len(numbers) - embeds) // 2
         lists = ((3, _CALL), (8, turns), (15, taps), (18, embeds))
+        if best is not None:
+            numbers[21] = _address(best)
         code = self._call(numbers, batch.rows, lists, x_in=x_in, x_out=x_out, logits=logits)
         if code == _SHORT_TABLE and not self._varies:
             for rope in self._ropes:
@@ -295,6 +299,7 @@ class FusedModel:
                 self._run(
                     *(batch, txn, layers),
                     logits=logits,
+                    best=best,
                     wanted=wanted,
                     hidden=hidden,
                     x_in=x_in,
