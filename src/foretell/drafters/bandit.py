@@ -16,7 +16,7 @@ from foretell.drafters.compose import Composed
 from foretell.drafters.looks import Looks
 from foretell.drafters.pulls import Pulls
 
-EAR = 8  # one step of so many of other parts' is told to a part that reads rows of logits
+EAR = 16  # one step of so many of other parts' is told to a part that reads rows of logits
 RULES = ("watch", "ucb", "exp3")
 DEFAULT = "suffix+blend+prompt-lookup+none"
 
@@ -43,8 +43,9 @@ class Player(Protocol):
         """The part's draft, and how long it took. Which others were asked, too."""
         ...
 
-    def over(self, play: Any, tokens: int, seconds: float, alone: bool) -> None:
-        """The step emitted so many tokens in so long; alone: no other sequence was in it."""
+    def over(self, play: Any, tokens: int, seconds: float, telling: float, alone: bool) -> None:
+        """The step emitted so many tokens in so long, of which telling the parts took the last
+        part; alone: no other sequence was in it."""
 
 
 @dataclass(slots=True)
@@ -157,11 +158,13 @@ class Bandit(Composed):
 
     def observe(self, states: Sequence[BanditState], feedback: Sequence[Feedback]) -> None:
         self.heard += 1
+        start = perf_counter()
         super().observe(states, feedback)
         now = perf_counter()
+        telling, alone = now - start, len(states) == 1
         for s, f in zip(states, feedback, strict=True):
             if s.started and f.verdict.tokens:
-                self.player.over(s.play, len(f.verdict.tokens), now - s.started, len(states) == 1)
+                self.player.over(s.play, len(f.verdict.tokens), now - s.started, telling, alone)
             s.started = 0.0  # a step that it slept through says nothing about a part
 
 

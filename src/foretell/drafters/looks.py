@@ -108,11 +108,13 @@ class Looks:
         play.watch.looked(play.aside)
         return asked
 
-    def over(self, play: Looking, tokens: int, seconds: float, alone: bool) -> None:
+    def over(self, play: Looking, tokens: int, seconds: float, telling: float, alone: bool) -> None:
         watch, burst = play.watch, play.burst
         watch.earned(seconds)
         if play.modelled and alone:
             watch.took(play.part, play.modelled, seconds - play.aside)
+        if play.aside and alone:  # who was asked is told, and learns
+            watch.looked(telling)
         if burst is not None:
             start = perf_counter()
             if burst.read(play.view.tokens):

@@ -60,7 +60,7 @@ class Pulls:
     ) -> set[int]:
         return set()
 
-    def over(self, play: Pull, tokens: int, seconds: float, alone: bool) -> None:
+    def over(self, play: Pull, tokens: int, seconds: float, telling: float, alone: bool) -> None:
         play.steps += 1
         if play.steps > 1 or play.arms.arms[play.arm].pulls:
             play.tokens, play.seconds = play.tokens + tokens, play.seconds + seconds
