@@ -72,11 +72,11 @@ class Tally:
 
     @property
     def latency(self) -> float:
-        return statistics.mean(self.took.values()) if self.took else float("nan")
+        return self.pace(set(self.took))
 
     def pace(self, requests: set[tuple[int, int]]) -> float:
         """Seconds that these requests took on average."""
-        return statistics.mean(self.took[r] for r in requests)
+        return statistics.mean(self.took[r] for r in requests) if requests else float("nan")
 
 
 class Setting:

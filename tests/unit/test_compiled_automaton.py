@@ -13,31 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretell import kernels
-from foretell.core.places import cache_folder
 from foretell.drafters.tables.automaton import SuffixAutomaton, automata
 from foretell.drafters.tables.speculate import Limits, best_draft
-from foretell.kernels import build
 from foretell.kernels.automaton import Automaton, Place
 from foretell.kernels.library import Library
 from helpers_memory import allocated
 
 HIGH = (1 << 31) - 1
-
-
-@pytest.fixture(scope="module")
-def lib() -> Library:
-    found = kernels.load()
-    if found is None:
-        pytest.skip(kernels.why_not() or "no kernels")
-    return found
-
-
-@pytest.fixture(scope="module")
-def libraries(lib: Library) -> list[Library]:
-    """One for every instruction set of this processor."""
-    paths = [build.find_or_build(isa, cache_folder("kernels"))[0] for isa in build.supported()]
-    return [Library(path) for path in paths if path is not None]
 
 
 def pairs(made: SuffixAutomaton, found: Automaton) -> None:

@@ -14,7 +14,6 @@ import torch
 
 from foretell import kernels
 from foretell.core.errors import InputError
-from foretell.core.places import cache_folder
 from foretell.core.rng import Purpose, SeqRng
 from foretell.core.rows import topk_rows
 from foretell.kernels import build
@@ -24,21 +23,6 @@ ALL = ("float32", "bfloat16", "int8", "int4")
 # (outputs, inputs, int4 group): panels that are not full, inputs that are odd
 SHAPES = ((1, 32, 32), (33, 96, 32), (64, 256, 128), (100, 192, 64))
 ODD = ((7, 1, 32), (33, 37, 32), (65, 131, 32), (40, 286, 32))
-
-
-@pytest.fixture(scope="module")
-def lib() -> Library:
-    found = kernels.load()
-    if found is None:
-        pytest.skip(kernels.why_not() or "no kernels")
-    return found
-
-
-@pytest.fixture(scope="module")
-def libraries(lib: Library) -> list[Library]:
-    """One for every instruction set of this processor."""
-    paths = [build.find_or_build(isa, cache_folder("kernels"))[0] for isa in build.supported()]
-    return [Library(path) for path in paths if path is not None]
 
 
 def rows_of(count: int, k: int, seed: int = 0) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence, Set
+from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class Player(Protocol):
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> set[int]:
+    ) -> Set[int]:
         """The part's draft, and how long it took. Which others were asked, too."""
         ...
 
@@ -56,7 +56,7 @@ class BanditState:
     play: Any
     part: int = -1
     started: float = 0.0
-    asked: set[int] = field(default_factory=set)  # parts that did not draft, but were asked
+    asked: Set[int] = frozenset()  # parts that did not draft, but were asked
 
 
 class Bandit(Composed):

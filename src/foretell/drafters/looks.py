@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -16,9 +16,7 @@ from foretell.drafters.watch import SLOW, Watch
 Ask = Callable[[int, Any, SeqView, Budget], TokenTree]
 """Let one part draft for one sequence: part, its state, view, budget."""
 
-
 EVERY = 4  # of so many steps one is timed
-NOBODY: set[int] = set()
 
 
 @dataclass(slots=True)
@@ -29,7 +27,7 @@ class Looking:
     parts: list[Any]
     watch: Watch
     part: int = -1
-    awake: int = 0  # steps that this part has drafted in a row
+    awake: bool = False  # this part drafted in the step before, too
     steps: int = 0
     modelled: float = 0.0  # seconds that this step should take, if it is timed
     aside: float = 0.0  # seconds of it that went into looking
@@ -51,8 +49,8 @@ class Looks:
         return Looking(view, parts, self.known[key])
 
     def choose(self, play: Looking) -> int:
-        play.awake = play.awake + 1 if play.part == play.watch.leader else 0
-        play.part, play.steps = play.watch.leader, play.steps + 1
+        leader = play.watch.leader
+        play.awake, play.part, play.steps = play.part == leader, leader, play.steps + 1
         return play.part
 
     def drafted(
@@ -63,7 +61,7 @@ class Looks:
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> set[int]:
+    ) -> Set[int]:
         """Notes what the step should take; in a burst, lets those others draft whose walk has come
         here."""
         play.modelled = play.aside = 0.0
@@ -71,25 +69,10 @@ class Looks:
             play.modelled = seconds + self._forward(tree, view, sequences)
         if play.burst is None and play.watch.due(play.steps):
             play.burst = play.watch.begin(len(view.tokens))
-        if play.burst is not None and play.burst.open:
-            return self._look(play, view, budget, tree, seconds, sequences)
-        return NOBODY
-
-    def _forward(self, tree: TokenTree, view: SeqView, sequences: int) -> float:
-        rows = sequences * (1 + drafts(tree))
-        return self.cost.seconds(rows, sequences * view.cached, sequences)
-
-    def _look(
-        self,
-        play: Looking,
-        view: SeqView,
-        budget: Budget,
-        tree: TokenTree,
-        seconds: float,
-        sequences: int,
-    ) -> set[int]:
-        burst, start, asked = play.burst, perf_counter(), set[int]()
-        assert burst is not None
+        burst = play.burst
+        if burst is None or not burst.open:
+            return frozenset()
+        start, asked = perf_counter(), set[int]()
         for p, walk in enumerate(burst.walks):
             if not walk.free(len(view.tokens)):
                 continue
@@ -107,6 +90,10 @@ class Looks:
         play.aside = perf_counter() - start
         play.watch.looked(play.aside)
         return asked
+
+    def _forward(self, tree: TokenTree, view: SeqView, sequences: int) -> float:
+        rows = sequences * (1 + drafts(tree))
+        return self.cost.seconds(rows, sequences * view.cached, sequences)
 
     def over(self, play: Looking, tokens: int, seconds: float, telling: float, alone: bool) -> None:
         watch, burst = play.watch, play.burst

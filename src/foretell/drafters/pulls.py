@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,8 @@ class Pulls:
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> set[int]:
-        return set()
+    ) -> Set[int]:
+        return frozenset()
 
     def over(self, play: Pull, tokens: int, seconds: float, telling: float, alone: bool) -> None:
         play.steps += 1

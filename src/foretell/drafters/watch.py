@@ -71,7 +71,7 @@ class Watch:
 
     def rate(self, i: int) -> float:
         """Tokens per second that are expected of a drafter."""
-        return self.tokens / (self.seconds[i] * self.off[i]) if self.tokens else 0.0
+        return self.tokens / self.takes(i) if self.tokens else 0.0
 
     def takes(self, i: int) -> float:
         """Seconds that a drafter would have taken for the texts of the bursts."""
