@@ -64,7 +64,6 @@ class Tally:
     tokens: int = 0
     seconds: float = 0.0
     took: dict[tuple[int, int], float] = field(default_factory=dict)  # (client, n-th request)
-    slices: list[float] = field(default_factory=list)  # tokens per second of each
 
     @property
     def rate(self) -> float:
@@ -89,22 +88,21 @@ class Setting:
         self.since: float | None = None
         self.tally = Tally()
         self.tasks: list[asyncio.Task] = []
-        self.counted = 0
+        self.counted = 0  # tokens of all slices
 
     def now(self) -> float:
         return self.went_by + (time.perf_counter() - self.since if self.since else 0.0)
 
     async def slice(self, seconds: float) -> None:
         before = self.counted
-        self.resume()
         self.since = start = time.perf_counter()
+        self.resume()
         await asyncio.sleep(seconds)
-        self.pause()
+        await self.pause()
         took = time.perf_counter() - start
         self.went_by, self.since = self.went_by + took, None
         self.tally.tokens += self.counted - before
         self.tally.seconds += took
-        self.tally.slices.append((self.counted - before) / took)
 
     def hire(self, clients: int) -> None:
         self.tasks = [asyncio.create_task(self.client(i)) for i in range(clients)]
@@ -115,7 +113,7 @@ class Setting:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.settle()
-        self.pause()
+        await self.pause()
         self.tally = Tally()
 
     async def client(self, i: int) -> None:
@@ -130,38 +128,47 @@ class Setting:
         raise NotImplementedError
 
     def resume(self) -> None: ...
-    def pause(self) -> None: ...
+    async def pause(self) -> None: ...
     async def settle(self) -> None: ...
     async def stop(self) -> None: ...
 
 
 class InProcess(Setting):
-    """`serve.Service` in this process; its engine waits at a gate between slices."""
+    """`serve.Service` in this process; its engine waits at a gate between slices. A slice ends with
+    the step that is under way, so that it never runs into the next one's."""
 
     service: Any
     gate: threading.Event
+    stepping: threading.Lock
 
     async def start(self, llm: Any) -> None:
         from foretell.serve.service import Service
 
-        self.gate = threading.Event()
+        self.gate, self.stepping = threading.Event(), threading.Lock()
         step = llm.engine.step
 
         def gated() -> Any:
-            self.gate.wait()
-            return step()
+            while True:
+                self.gate.wait()
+                with self.stepping:
+                    if self.gate.is_set():
+                        events = step()
+                        self.counted += len(events)
+                        return events
 
         llm.engine.step = gated
         self.service = Service(llm)
         self.resume()
         await self.service.start()
-        self.pause()
+        await self.pause()
 
     def resume(self) -> None:
         self.gate.set()
 
-    def pause(self) -> None:
+    async def pause(self) -> None:
         self.gate.clear()
+        while self.stepping.locked():
+            await asyncio.sleep(0.0005)
 
     async def ask(self, text: str, seed: int) -> None:
         from foretell import SamplingParams
@@ -169,8 +176,8 @@ class InProcess(Setting):
         params = SamplingParams(
             max_tokens=self.tokens, temperature=self.temperature, seed=seed, ignore_eos=not self.eos
         )
-        async for events in self.service.submit(text, params):
-            self.counted += len(events)
+        async for _ in self.service.submit(text, params):
+            pass
 
     def split(self) -> str:
         """Where the time of a step went since this was last asked; the decisions."""
@@ -221,13 +228,14 @@ class OverHttp(Setting):
                 if self.process.returncode is not None:
                     raise SystemExit(f"foretell serve {' '.join(options)} ended.") from None
                 await asyncio.sleep(0.1)
-        self.pause()
+        await self.pause()
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
-    def pause(self) -> None:
+    async def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(0.005)  # what it has said by then is read
 
     async def ask(self, text: str, seed: int) -> None:
         body = json.dumps(

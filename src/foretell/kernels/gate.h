@@ -1,6 +1,7 @@
-// A number that threads wait on until it changes: they spin a little, then sleep. Plain futexes on
-// Linux, a condition variable elsewhere.
+// A number that threads wait on until it changes: they spin, then offer their processor to whoever
+// else wants it again and again, then sleep. Plain futexes on Linux, a condition variable elsewhere.
 #pragma once
+#include <sched.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -30,6 +31,9 @@ inline int64_t now_ns() {
   return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+// How long a waiting thread keeps its processor to itself.
+constexpr int64_t SELFISH_NS = 30000;
+
 struct Gate {
   std::atomic<uint32_t> value{0};
   std::atomic<uint32_t> sleepers{0};
@@ -52,19 +56,21 @@ struct Gate {
 #endif
   }
 
-  uint32_t wait_while(uint32_t old, int64_t spin_ns) {
+  // Returns the value as soon as it is not `old`; sleeps after `patience_ns`.
+  uint32_t wait_while(uint32_t old, int64_t patience_ns) {
     uint32_t seen;
     for (int i = 0; i < 64; ++i) {
       if ((seen = value.load(std::memory_order_acquire)) != old) return seen;
       pause_cpu();
     }
-    const int64_t end = now_ns() + spin_ns;
-    do {
+    const int64_t begun = now_ns();
+    for (int64_t waited = 0; waited < patience_ns; waited = now_ns() - begun) {
+      if (waited > SELFISH_NS) sched_yield();
       for (int i = 0; i < 16; ++i) {
         if ((seen = value.load(std::memory_order_acquire)) != old) return seen;
         pause_cpu();
       }
-    } while (now_ns() < end);
+    }
 #if defined(__linux__)
     sleepers.fetch_add(1, std::memory_order_seq_cst);
     while ((seen = value.load(std::memory_order_seq_cst)) == old)

@@ -11,10 +11,10 @@
 namespace ft {
 namespace {
 
-// How long a thread spins before it sleeps: the next call may be a sampled token away; whoever has
-// the team needs the processors.
-constexpr int64_t IDLE_SPIN_NS = 100000;
-constexpr int64_t TURN_SPIN_NS = 5000;
+// How long a thread waits awake: the next call may be a sampled token away; whoever has the team
+// needs the processors.
+constexpr int64_t IDLE_PATIENCE_NS = 1000000;
+constexpr int64_t TURN_PATIENCE_NS = 5000;
 
 struct Pool {
   // One team at a time, in order of arrival: a mutex would let a caller in a tight loop take it
@@ -65,7 +65,7 @@ void* work(void* raw) {
   Pool* pool = self.pool;
   uint32_t seen = self.seen;
   for (;;) {
-    seen = pool->call.wait_while(seen, IDLE_SPIN_NS);
+    seen = pool->call.wait_while(seen, IDLE_PATIENCE_NS);
     const int size = (int)(seen & 255);
     if (self.rank >= size) continue;
     Team team{self.rank, size, &pool->team};
@@ -101,7 +101,7 @@ int grow(Pool* pool, int count) {
 void take_turn(Pool* pool) {
   const uint32_t mine = pool->tickets.fetch_add(1, std::memory_order_relaxed);
   uint32_t now = pool->turn.value.load(std::memory_order_acquire);
-  while (now != mine) now = pool->turn.wait_while(now, TURN_SPIN_NS);
+  while (now != mine) now = pool->turn.wait_while(now, TURN_PATIENCE_NS);
 }
 
 void give_turn(Pool* pool) {

@@ -1,7 +1,7 @@
 // A team of threads that run one function together.
 //
-//   pool_run(threads, fn, arg)   the caller is rank 0; workers sleep between calls (after a short
-//                                spin) and are shared by everybody in the process.
+//   pool_run(threads, fn, arg)   the caller is rank 0; workers sleep between calls (not at once)
+//                                and are shared by everybody in the process.
 // Rules: one team at a time (a second caller waits for the first, so two requests never put more
 // threads on the machine than there are processors); `threads` <= 1, or a call from inside a
 // running team, runs on the calling thread alone and waits for nobody; a child of fork() starts a
@@ -17,8 +17,7 @@ struct TeamShared;
 struct Team {  // team.cpp; handed to the function on every thread
   int rank, size;
   TeamShared* shared;
-  // All threads meet. Everything written before is seen by everybody after. Spins for some tens of
-  // microseconds, then sleeps.
+  // All threads meet. Everything written before is seen by everybody after.
   void barrier();
   // Dynamic work sharing: [0, total) is handed out in pieces of `grain` that begin at multiples of
   // it (the last one may be shorter); false when exhausted. Every thread has an equal share of its
