@@ -214,6 +214,7 @@ class Budget:
     unsure: Callable[[Sequence[float]], bool] | None = None
     """As `stop`, but asked with the entropies, in nats, of the draft distributions that those
     tokens were taken from. Drafters without distributions do not ask."""
+    free: bool = False  # whether the policy leaves it to the drafter how deep to go, up to `depth`
 
     def clamp(self, *, nodes: int, depth: int, branching: int = 1 << 30) -> Budget:
         return Budget(
@@ -222,6 +223,7 @@ class Budget:
             min(self.branching, branching),
             self.stop,
             self.unsure,
+            self.free,
         )
 
     @property

@@ -24,6 +24,16 @@ def argmax_rows(rows: Tensor) -> list[int]:
     return rows.numpy().argmax(-1).tolist()
 
 
+def peak(row: Tensor) -> tuple[int, float]:
+    """The column of the largest entry of a row [1, V] of finite logits, and its softmax."""
+    if row.device.type != "cpu":
+        value, column = row.float().softmax(-1).max(-1)
+        return int(column), float(value)
+    x = row.numpy()[0]
+    best = int(x.argmax())
+    return best, 1.0 / float(np.exp(x - x[best]).sum())
+
+
 def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`topk_rows`, or `argmax_rows` and what it found, as tensors beside `rows`: (values, columns)
     [n, m] each."""

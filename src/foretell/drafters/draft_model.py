@@ -32,9 +32,13 @@ class DraftState(OwnCache):
     shape: TreeShape | None = None
 
 
+USUAL, MOST = 3, 8  # levels of a chain: by itself, and where a policy decides
+
+
 class DraftModel:
     """Any smaller checkpoint with the target's tokenizer drafts a chain of `tokens`, or a tree.
 
+    Without `tokens` a chain has three levels, or as many as the policy says, up to eight.
     ``tree=NAME`` picks the tree (``foretell methods`` lists them), whose own options may follow:
     ``draft-model:tree=dyspec,nodes=16``; `tokens` then limits its levels. ``branching=b`` is short
     for ``tree=k-ary,branching=b``. Draws follow the verifier: the most probable tokens (greedy),
@@ -62,16 +66,18 @@ class DraftModel:
         branching: int = 1,
         shape: TreeShape | None = None,
     ) -> None:
-        """tokens: most levels (default: 3, or what the shape is set to)."""
+        """tokens: most levels (default: what the shape is set to)."""
         if (tokens is not None and tokens < 1) or branching < 1:
             raise InputError("draft-model needs tokens >= 1 and branching >= 1.")
+        usual = tokens
         if shape is None:
-            levels = tokens or 3
-            shape = Chain(levels) if branching == 1 else KAry(branching, levels)
+            usual = tokens or USUAL
+            shape = Chain(tokens or MOST) if branching == 1 else KAry(branching, usual)
         if "chain" not in shape.holds and not model.spec.caps.tree:
             raise InputError("This draft model cannot score trees: let it draft a chain.")
         self.model, self.vocab, self.shape = model, vocab, shape
         self.tokens, self.branching = tokens or shape.depth, branching
+        self.usual = usual or self.tokens  # levels, where the policy leaves it open
         self.shapes, self.draws, self.unsound = shape.holds, shape.draws, shape.unsound
         self._own = OwnModel(model, vocab)
 
@@ -124,7 +130,7 @@ class DraftModel:
         start = perf_counter()
         room = [self.model.spec.max_positions - len(v.tokens) for v in views]
         budgets = [
-            b.clamp(nodes=b.nodes, depth=min(self.tokens, r))
+            b.clamp(nodes=b.nodes, depth=min(self.usual if b.free else self.tokens, r))
             for b, r in zip(budgets, room, strict=True)
         ]
         self.shape.plan([v for v, b in zip(views, budgets, strict=True) if not b.none])

@@ -23,7 +23,7 @@ class Fixed:
     summary = "the same draft length every step"
 
     def __init__(self, tokens: int = UNLIMITED, nodes: int = UNLIMITED) -> None:
-        self._budget = Budget(nodes, tokens)
+        self._budget = Budget(nodes, tokens, free=tokens == UNLIMITED)
 
     def budgets(self, views: Sequence[SeqView], load: Load) -> list[Budget]:
         return [self._budget] * len(views)

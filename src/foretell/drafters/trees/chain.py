@@ -6,7 +6,7 @@ from torch import Tensor
 
 from foretell.core.errors import InputError
 from foretell.core.protocols import Budget, Draw, SeqView
-from foretell.core.rows import argmax_rows
+from foretell.core.rows import argmax_rows, peak
 from foretell.drafters.trees.growing import Drawn, Levels
 from foretell.drafters.trees.shape import Shape
 
@@ -33,13 +33,17 @@ class Chain(Shape):
 
 
 class ChainGrower(Levels):
-    """The path of first draws. Without anything to score or to draw it takes the argmax."""
+    """The path of first draws. Where nothing is drawn or changed it takes the argmax, and scores it
+    only if somebody asks."""
 
     def expand(self, logits: Tensor) -> None:
-        node, view = self.front[0], self.view
-        asks = self.budget.stop is not None or self.budget.unsure is not None
-        if self.how is Draw.TOP and view.plain and not asks:
-            below = Drawn(node, argmax_rows(logits[:1]), [1.0], [1.0], [None], [1.0])
+        node, budget = self.front[0], self.budget
+        if self.how is Draw.TOP and self.view.plain and budget.unsure is None:
+            if budget.stop is None:
+                token, score = argmax_rows(logits[:1])[0], 1.0
+            else:
+                token, score = peak(logits[:1])
+            below = Drawn(node, [token], [score], [score], [None], [score])
         else:
             below = self.drawn(logits, self.front, 1)[0]
         fresh = self.add(below, 0, 1)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from foretell.control.length.goodput.doubt import Doubt
 from foretell.core.feedback import Verdict
 from foretell.core.tree import TokenTree
 
@@ -14,9 +15,10 @@ from foretell.core.tree import TokenTree
 class Habits:
     """How far drafts of up to `most` levels get, over all sequences that are drawn alike.
 
-    Three things are counted, level by level, old observations fading: whether a level that was
-    asked for was drafted at all, how many nodes it had, and whether a node of it was accepted once
-    the level before it had been.
+    Counted are, level by level, old observations fading: whether a level that was asked for was
+    drafted at all, and whether it was where the level before it turned out to be right (a drafter
+    that ends at a doubt ends drafts that would have failed); how many nodes it had; and whether a
+    node of it was accepted once the level before it had been.
     """
 
     KEEP, WEIGHT = 0.995, 4.0
@@ -28,10 +30,17 @@ class Habits:
         self.most = most
         self.asked, self.got, self.tried, self.won = (self._zeros() for _ in range(4))
         """Weight of drafts with exactly so many levels asked for, drafted, judged, accepted."""
+        self.sought, self.met = self._zeros(), self._zeros()
+        """The first two, of levels whose level above was accepted."""
+        self.doubt = Doubt()
         self.more = self._zeros()  # nodes of a level beyond the first
         self.weight = 1.0  # of the next draft: it grows, and so the old ones fade
         self.total = 0  # verdicts on drafts, ever
         self._typical: Typical | None = None  # since the last verdict
+
+    def _counts(self) -> tuple[list[float], ...]:
+        judged = (self.asked, self.got, self.sought, self.met, self.tried, self.won)
+        return (*judged, self.more)
 
     def _zeros(self) -> list[float]:
         return [0.0] * (self.most + 1)
@@ -43,6 +52,8 @@ class Habits:
         # where a draft ended, deeper levels say nothing
         self.asked[min(asked, deep + 1, most)] += w
         self.got[deep] += w
+        self.sought[min(asked, verdict.accepted + 1, most)] += w
+        self.met[min(deep, verdict.accepted + 1)] += w
         self.tried[min(verdict.checked, most)] += w
         self.won[min(verdict.accepted, most)] += w
         if sum(widths) > len(widths):
@@ -52,7 +63,7 @@ class Habits:
         self._typical = None
         self.weight = w / self.KEEP
         if self.weight > 1e9:
-            for counts in (self.asked, self.got, self.tried, self.won, self.more):
+            for counts in self._counts():
                 counts[:] = [x / self.weight for x in counts]
             self.weight = 1.0
 
@@ -62,8 +73,8 @@ class Habits:
         return self._typical
 
     def _read(self) -> Typical:
-        exact = np.array([self.asked, self.got, self.tried, self.won]) * (self.KEEP / self.weight)
-        asked, got, tried, won = exact[:, :0:-1].cumsum(1)[:, ::-1]
+        exact = np.array(self._counts()[:-1]) * (self.KEEP / self.weight)
+        asked, got, sought, met, tried, won = exact[:, :0:-1].cumsum(1)[:, ::-1]
         more = np.array(self.more[:-1]) * (self.KEEP / self.weight)
         all_tried, all_won = float(tried.sum()), float(won.sum())
         mean = (all_won + self.WEIGHT * self.PRIOR) / (all_tried + self.WEIGHT)
@@ -73,6 +84,7 @@ class Habits:
             min(1.0, mean + self.DOUBT * (mean * (1 - mean) / (self.total + 1)) ** 0.5),
             (won + prior) / (tried * (all_won / max(all_tried, 1e-9)) + prior),
             (got + 1) / (asked + 1),
+            (met + 1) / (sought + 1),
             np.maximum(1.0, (got + more + 1) / (got + 1)),
         )
 
@@ -84,6 +96,7 @@ class Typical(NamedTuple):
     hope: float  # it, and what it may be short of the truth as long as little was tried
     shape: np.ndarray  # how each level's acceptance compares with the mean
     there: np.ndarray  # P(drafted | asked for, the level above was drafted)
+    right: np.ndarray  # P(drafted | asked for, the level above was accepted)
     widths: np.ndarray  # nodes of a drafted level
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from foretell.control.length.company import decided
 from foretell.control.length.fixed import UNLIMITED, Fixed
 from foretell.control.length.goodput.allocate import allocate, promise, together
+from foretell.control.length.goodput.doubt import prices
 from foretell.control.length.goodput.habits import Habits, widths
 from foretell.control.length.goodput.probes import Probes
 from foretell.control.length.goodput.records import Record, curves, welcome
@@ -38,7 +39,8 @@ class Goodput:
     chosen, and lengths of their own where these promise `OWN` more: levels in order of tokens per
     row, over all sequences, up to the best cut (`allocate`). A choice is kept for `every` steps
     (later for more, where nothing changes) or until the company has changed by a quarter, and left
-    only for one that promises `MARGIN` more; newcomers do as most do. What the other way would cost
+    only for one that promises `MARGIN` more; newcomers do as most do. A drafter that says how
+    sure it is ends a draft where going on is not worth it (`Doubt`). What the other way would cost
     and bring is measured, not guessed (`Probes`).
 
     tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
@@ -78,6 +80,7 @@ class Goodput:
         self.quiet = 0  # choices that changed nothing
         self.fresh = 0  # sequences that draft for the first time
         self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
+        self.prices: list[float] = []  # of going on, in tokens, by level
         self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
 
     @classmethod
@@ -129,7 +132,8 @@ class Goodput:
                 r.last, r.drafted = self.steps, True
                 room = v.params.max_tokens - len(v.tokens) + v.prompt_len - 1
                 self.asked.append(min(k, max(0, room)))
-                budgets.append(Budget(UNLIMITED, k))
+                stop = r.habits.doubt.end(self.prices) if k > 1 else None
+                budgets.append(Budget(UNLIMITED, k, stop=stop))
             else:
                 self.asked.append(0)
                 budgets.append(NOTHING)
@@ -162,7 +166,13 @@ class Goodput:
         # drafts of one sequence are all there or not at all; of many, about as many as expected
         found = float(seen[0]) if len(records) == 1 else 1.0
         context, extra = sum(v.cached for v in self.views), float(rows.sum()) / found
-        forward, draft = self.time.expected(len(records), context, extra, found), self.time.drafting
+        forward = self.time.expected(len(records), context, extra, found)
+        # a level takes its time only where somebody drafts that far
+        far = np.concatenate([[0.0], (1.0 - (1.0 - np.minimum(rows, 1.0)).prod(0)).cumsum()])
+
+        def draft(levels: Any, sequences: Any) -> Any:
+            return self.time.drafting(far[levels], sequences)
+
         welcome(records)
         old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
         rates = together(gain, rows, forward, draft)
@@ -181,6 +191,8 @@ class Goodput:
         self.patience = self.every * (self.PATIENCE if self.quiet > self.PATIENCE else 1)
         self.age, self.chosen_for = 0, len(records)
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
+        drafting = np.broadcast_to(draft(np.arange(1, most + 1), len(records)), most)
+        self.prices = prices(len(records), rows, forward, drafting, old_rate)
         self.probes.settle(self.views, records, levels, limits, most, forward, old_rate)
 
     def observe(
@@ -207,6 +219,7 @@ class Goodput:
                 record, drafted = self._record(view), widths(tree)
                 record.observe(asked, len(drafted), verdict)
                 record.habits.observe(asked, drafted, verdict)
+                record.habits.doubt.observe(tree, verdict)
                 deepest = max(deepest, len(drafted))
         return deepest
 

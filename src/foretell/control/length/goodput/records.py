@@ -63,10 +63,10 @@ def curves(
         if hope:
             own += Record.HOPE * np.sqrt(own * (1 - own) / (total[mine] + w) / mine.sum())
         rates = np.minimum(own[:, None] * usual.shape[:most], 0.995)
-        there = usual.there[:most].copy()
-        there[0] = 1.0
-        exist = seen[:, None] * there.cumprod()
-        gain[mine], rows[mine] = exist * rates.cumprod(1), exist * usual.widths[:most]
+        there, right = usual.there[:most].copy(), usual.right[:most].copy()
+        there[0] = right[0] = 1.0
+        gain[mine] = seen[:, None] * (right * rates).cumprod(1)
+        rows[mine] = seen[:, None] * there.cumprod() * usual.widths[:most]
         found[mine] = seen
     return gain, rows, found
 
