@@ -56,16 +56,25 @@ struct Gate {
 #endif
   }
 
-  // Returns the value as soon as it is not `old`; sleeps after `patience_ns`.
-  uint32_t wait_while(uint32_t old, int64_t patience_ns) {
+  // Returns the value as soon as it is not `old`; sleeps after `patience_ns`. What it took, unless
+  // that was next to nothing, is added to `waited`.
+  uint32_t wait_while(uint32_t old, int64_t patience_ns, int64_t* waited = nullptr) {
     uint32_t seen;
     for (int i = 0; i < 64; ++i) {
       if ((seen = value.load(std::memory_order_acquire)) != old) return seen;
       pause_cpu();
     }
     const int64_t begun = now_ns();
-    for (int64_t waited = 0; waited < patience_ns; waited = now_ns() - begun) {
-      if (waited > SELFISH_NS) sched_yield();
+    seen = wait_long(old, begun, patience_ns);
+    if (waited) *waited += now_ns() - begun;
+    return seen;
+  }
+
+ private:
+  uint32_t wait_long(uint32_t old, int64_t begun, int64_t patience_ns) {
+    uint32_t seen;
+    for (int64_t gone = 0; gone < patience_ns; gone = now_ns() - begun) {
+      if (gone > SELFISH_NS) sched_yield();
       for (int i = 0; i < 16; ++i) {
         if ((seen = value.load(std::memory_order_acquire)) != old) return seen;
         pause_cpu();

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "crew.h"
 #include "team.h"
 
 namespace ft {
@@ -22,6 +23,7 @@ struct Pool {
   std::atomic<uint32_t> tickets{0};
   alignas(64) Gate turn;
   int workers = 0;
+  Crew crew;
   Share shares[MAX_THREADS];
   TeamShared team{{}, {0}, shares};
   // The number of the call in the upper 24 bits, the size of its team in the lower 8, in one
@@ -126,6 +128,8 @@ void pool_run(int threads, void (*fn)(Team&, void*), void* arg) {
   if (threads <= 1 || in_team) return alone(fn, arg);
   Pool* pool = get_pool();
   take_turn(pool);
+  const int64_t start = now_ns();
+  threads = pool->crew.size(threads, start);
   if (pool->workers < threads - 1) threads = grow(pool, threads - 1) + 1;
   if (threads <= 1) {
     give_turn(pool);
@@ -140,6 +144,8 @@ void pool_run(int threads, void (*fn)(Team&, void*), void* arg) {
   Team team{0, threads, &pool->team};
   fn(team, arg);
   team.barrier();
+  const int64_t end = now_ns();
+  pool->crew.observe(end - start, team.waited, end);
   in_team = false;
   give_turn(pool);
 }

@@ -3,10 +3,11 @@
 //   pool_run(threads, fn, arg)   the caller is rank 0; workers sleep between calls (not at once)
 //                                and are shared by everybody in the process.
 // Rules: one team at a time (a second caller waits for the first, so two requests never put more
-// threads on the machine than there are processors); `threads` <= 1, or a call from inside a
-// running team, runs on the calling thread alone and waits for nobody; a child of fork() starts a
-// team of its own. No thread is pinned: with one NUMA node pinning only stops the kernel from
-// moving us away from a busy processor, and with several the panels would have to be placed first.
+// threads on the machine than there are processors), and a smaller one where others keep the
+// processors busy (crew.h); `threads` <= 1, or a call from inside a running team, runs on the calling
+// thread alone and waits for nobody; a child of fork() starts a team of its own. No thread is
+// pinned: with one NUMA node pinning only stops the kernel from moving us away from a busy processor,
+// and with several the panels would have to be placed first.
 #pragma once
 #include <stdint.h>
 
@@ -17,6 +18,7 @@ struct TeamShared;
 struct Team {  // team.cpp; handed to the function on every thread
   int rank, size;
   TeamShared* shared;
+  int64_t waited = 0;  // ns at meetings
   // All threads meet. Everything written before is seen by everybody after.
   void barrier();
   // Dynamic work sharing: [0, total) is handed out in pieces of `grain` that begin at multiples of
@@ -29,7 +31,7 @@ struct Team {  // team.cpp; handed to the function on every thread
 
 constexpr int MAX_THREADS = 255;
 
-// The number of threads that take part is min(threads, max_threads(), MAX_THREADS).
+// The number of threads that take part is at most min(threads, max_threads(), MAX_THREADS).
 void pool_run(int threads, void (*fn)(Team&, void*), void* arg);
 
 // -- processors.cpp

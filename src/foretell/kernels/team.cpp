@@ -27,7 +27,7 @@ void Team::barrier() {
     for (int i = 0; i < size; ++i) s->shares[i].word.store(Share::FRESH, std::memory_order_relaxed);
     s->phase.publish(phase + 1);
   } else {
-    s->phase.wait_while(phase, BARRIER_PATIENCE_NS);
+    s->phase.wait_while(phase, BARRIER_PATIENCE_NS, &waited);
   }
 }
 
