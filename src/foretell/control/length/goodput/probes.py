@@ -31,7 +31,7 @@ class Probes:
     STEPS = 3  # of a probe: in the first one drafters catch up, the others are like any other
     SPELL = 2  # steps without drafts for their own sake; the first finds cold caches
     SELDOM = 16  # steps between two spells
-    AHEAD = 3  # a lead of drafting over plain decoding makes spells that many powers dearer
+    AHEAD = 6  # a lead of drafting over plain decoding makes spells that many powers dearer
 
     def __init__(self, time: StepTime, plain: bool) -> None:
         self.time, self.plain = time, plain
