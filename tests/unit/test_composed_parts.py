@@ -146,11 +146,8 @@ class TestTogether:
 
     def test_a_part_may_be_spared_the_trees_of_others(self) -> None:
         class Sparing(Composed):
-            def spares(self, part: int) -> bool:
-                return part == 1
-
-            def drafted_by(self, state: Any, part: int) -> bool:
-                return state[part][1] == 2
+            def hears(self, state: Any, part: int) -> bool:
+                return part == 0 or state[part][1] == 2
 
         a, b = Part("a"), Part("b")
         whole = Sparing([a, b])

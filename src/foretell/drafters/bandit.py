@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -24,7 +24,7 @@ DEFAULT = "suffix+blend+prompt-lookup+none"
 class Player(Protocol):
     """How a bandit learns which part is best; `play` is what it keeps of one sequence."""
 
-    def begin(self, key: Hashable, view: SeqView, parts: list[Any]) -> Any:
+    def begin(self, key: Hashable, view: SeqView, states: list[Any]) -> Any:
         """A sequence of the class `key`, and its parts' states."""
 
     def choose(self, play: Any) -> int:
@@ -39,13 +39,16 @@ class Player(Protocol):
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> Set[int]:
-        """The part's draft, and how long it took. Which others were asked, too."""
+    ) -> None:
+        """The part's draft, and how long it took."""
+
+    def walking(self, play: Any) -> bool:
+        """Whether it is the player who tells the other parts of this step."""
         ...
 
-    def over(self, play: Any, tokens: int, seconds: float, telling: float, alone: bool) -> None:
-        """The step emitted so many tokens in so long, of which telling the parts took the last
-        part; alone: no other sequence was in it."""
+    def over(self, play: Any, f: Feedback, seconds: float, alone: bool) -> None:
+        """What the step brought, and how long it took, 0 where no part was asked; alone: no other
+        sequence was in it."""
 
 
 @dataclass(slots=True)
@@ -56,7 +59,6 @@ class BanditState:
     play: Any
     part: int = -1
     started: float = 0.0
-    asked: Set[int] = frozenset()  # parts that did not draft, but were asked
 
 
 class Bandit(Composed):
@@ -107,7 +109,7 @@ class Bandit(Composed):
                 "and parts that draw nothing: use rule=ucb."
             )
         else:
-            self.player = Looks(len(parts), cost, self._ask_one)
+            self.player = Looks(parts, cost, self._ask_one)
 
     @classmethod
     def build(
@@ -124,10 +126,13 @@ class Bandit(Composed):
         return state.parts
 
     def drafted_by(self, state: BanditState, part: int) -> bool:
-        return state.part == part or part in state.asked
+        return state.part == part
 
-    def spares(self, part: int) -> bool:
-        return self.heard % EAR > 0 and getattr(self.parts[part], "may_miss", False)
+    def hears(self, state: BanditState, part: int) -> bool:
+        if self.drafted_by(state, part):
+            return True
+        spared = self.heard % EAR > 0 and getattr(self.parts[part], "may_miss", False)
+        return not spared and not self.player.walking(state.play) and super().hears(state, part)
 
     def propose(
         self, states: Sequence[BanditState], views: Sequence[SeqView], budgets: Sequence[Budget]
@@ -149,7 +154,7 @@ class Bandit(Composed):
             for i, tree in zip(mine, trees, strict=True):
                 found[i], s = tree, states[i]
                 s.started = start
-                s.asked = self.player.drafted(s.play, views[i], budgets[i], tree, each, len(views))
+                self.player.drafted(s.play, views[i], budgets[i], tree, each, len(views))
         return [t for t in found if t is not None]
 
     def _ask_one(self, part: int, state: Any, view: SeqView, budget: Budget) -> TokenTree:
@@ -158,13 +163,12 @@ class Bandit(Composed):
 
     def observe(self, states: Sequence[BanditState], feedback: Sequence[Feedback]) -> None:
         self.heard += 1
-        start = perf_counter()
         super().observe(states, feedback)
-        now = perf_counter()
-        telling, alone = now - start, len(states) == 1
+        now, alone = perf_counter(), len(states) == 1
         for s, f in zip(states, feedback, strict=True):
-            if s.started and f.verdict.tokens:
-                self.player.over(s.play, len(f.verdict.tokens), now - s.started, telling, alone)
+            if f.verdict.tokens:
+                seconds = now - s.started if s.started else 0.0
+                self.player.over(s.play, f, seconds, alone)
             s.started = 0.0  # a step that it slept through says nothing about a part
 
 

@@ -101,18 +101,18 @@ class Composed:
         """Everybody learns from every step, but for parts that only understand their own trees:
         those are told of the steps they drafted alone."""
         for i, part in enumerate(self.parts):
-            selfish = getattr(part, "own_trees_only", False) or self.spares(i)
             told = [
                 (self.own(s)[i], f)
                 for s, f in zip(states, feedback, strict=True)
-                if not selfish or self.drafted_by(s, i)
+                if self.hears(s, i)
             ]
             if told:
                 part.observe([s for s, _ in told], [f for _, f in told])
 
-    def spares(self, part: int) -> bool:
-        """Whether a part is not told of the others' trees in this step."""
-        return False
+    def hears(self, state: Any, part: int) -> bool:
+        """Whether a part is told of a sequence's step."""
+        selfish = getattr(self.parts[part], "own_trees_only", False)
+        return not selfish or self.drafted_by(state, part)
 
     def drafted_by(self, state: Any, part: int) -> bool:
         """Whether the last tree of this sequence was that of one part, unchanged."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Set
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, SeqView
 from foretell.core.tree import TokenTree
 from foretell.drafters.arms import Arms
@@ -38,7 +39,7 @@ class Pulls:
         self.count, self.rule = count, rule
         self.known: dict[Hashable, Arms] = {}
 
-    def begin(self, key: Hashable, view: SeqView, parts: list[Any]) -> Pull:
+    def begin(self, key: Hashable, view: SeqView, states: list[Any]) -> Pull:
         if key not in self.known:
             played = max(self.known.values(), key=lambda arms: arms.pulls, default=None)
             self.known[key] = played.heir() if played else Arms(self.count, self.rule)
@@ -57,10 +58,16 @@ class Pulls:
         tree: TokenTree,
         seconds: float,
         sequences: int,
-    ) -> Set[int]:
-        return frozenset()
+    ) -> None:
+        """What it drafted is seen in what comes of it."""
 
-    def over(self, play: Pull, tokens: int, seconds: float, telling: float, alone: bool) -> None:
+    def walking(self, play: Pull) -> bool:
+        return False
+
+    def over(self, play: Pull, f: Feedback, seconds: float, alone: bool) -> None:
+        if not seconds:
+            return
+        tokens = len(f.verdict.tokens)
         play.steps += 1
         if play.steps > 1 or play.arms.arms[play.arm].pulls:
             play.tokens, play.seconds = play.tokens + tokens, play.seconds + seconds

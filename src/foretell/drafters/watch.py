@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from foretell.drafters.bursts import Burst, Walk
+from foretell.drafters.bursts import Burst
 
 EAGER = 3  # bursts before looking is paid for
 APART = 0.618  # eager bursts begin at this multiple of `SPREAD` steps of a text, modulo it
@@ -24,11 +24,10 @@ class Watch:
     """What each of `count` drafters would have got in one class of requests.
 
     In a burst (`Burst`) all drafters walk over the same text, each in steps of its own: it drafts
-    where its last step ended (or at the next place where the player begins a step, for only there
-    is it asked), and the text that came says how far that step went. So they are compared on the
-    same text, whoever decoded it, and no step is spent on a drafter to get to know it. What a step
-    takes is modelled (its drafting, measured, and the forward by the cost model); how far that is
-    off is learnt of every drafter when it plays.
+    where its last step ended, and the text that came says how far that step went. So they are
+    compared on the same text, whoever decoded it, and no step is spent on a drafter to get to know
+    it. What a step takes is modelled (its drafting, measured, and the forward by the cost model);
+    how far that is off is learnt of every drafter when it plays.
 
     The first `EAGER` bursts are for nothing; later ones are paid from `SHARE` of the time. In
     simulation (tests/unit/test_watch.py) up to 3 % is lost over 600 steps against the best of four
@@ -87,19 +86,19 @@ class Watch:
         if saved > MARGIN * self.takes(best) + SURE * self.spread[best][lead] ** 0.5:
             self.leader = best
 
-    def begin(self, at: int) -> Burst:
+    def begin(self, player: int, at: int) -> Burst:
         self.bursts += 1
-        return Burst([Walk() for _ in range(self.count)], at)
+        return Burst.begin(player, self.count, at)
 
     def looked(self, seconds: float) -> None:
-        """Asking those that did not draft, or judging drafts, took so long."""
+        """The walks took so long."""
         if self.bursts > EAGER:
             self.credit -= seconds
 
     def saw(self, burst: Burst) -> None:
         """A burst that is judged."""
         self.judged += 1
-        keep, spent = 1 - 1 / MEMORY, [w.spent for w in burst.walks]
+        keep, spent = 1 - 1 / MEMORY, burst.seconds()
         self.tokens = keep * self.tokens + burst.end - burst.start
         for i, seconds in enumerate(spent):
             self.seconds[i] = keep * self.seconds[i] + seconds
@@ -116,7 +115,7 @@ class Watch:
         self.credit = min(self.credit + SHARE * seconds, seconds)
 
     def took(self, arm: int, modelled: float, seconds: float) -> None:
-        """A step of `arm` took so long, looking not counted."""
+        """A step of `arm` took so long."""
         self.steps[arm] += 1
         new = min(2.0, max(0.5, seconds / modelled))
         self.off[arm] += max(SLOW, 1 / (self.steps[arm] + 1)) * (new - self.off[arm])
