@@ -11,10 +11,11 @@ import pytest
 
 from foretell import InputError
 from foretell.control.length.goodput.allocate import allocate, promise
-from foretell.control.length.goodput.fits import Line
+from foretell.control.length.goodput.fits import Line, Tilt
 from foretell.control.length.goodput.habits import Habits, widths
 from foretell.control.length.goodput.policy import Goodput
 from foretell.control.length.goodput.records import Record
+from foretell.control.length.goodput.steptime import StepTime
 from foretell.core.costs import GivenCosts
 from foretell.core.feedback import Verdict
 from foretell.core.params import SamplingParams
@@ -257,6 +258,40 @@ def test_the_line_tells_fixed_time_from_time_per_level() -> None:
     assert line.at(4) < 2 * before, "one interruption is not the rule"
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_first_observations_may_be_accidents(first: int) -> None:
+    line, tilt = Line(), Tilt()
+    for i in range(6):
+        accident = 20.0 if i == first else 1.0
+        line.observe(2, accident)
+        tilt.observe(0.5, accident)
+    assert line.at(2) < 1.3
+    assert tilt.at(0.5) < 1.3
+
+
+def test_steps_that_draft_are_told_apart_from_those_that_do_not() -> None:
+    """Whatever their rows are: the machine is the same, but a draft model was at its caches."""
+    time = StepTime(Machine(lambda rows, n: 1.0, 0.1, always(0.5)))
+    for step in range(60):
+        rows, took = (8, 1.0) if step % 3 else (16, 1.4)
+        time.observe(Timings(0.1, took, 0.0, rows, 0, 8, True), rows // 8 - 1, 8 if rows > 8 else 0)
+    plain, few, many = time.forward([8, 16, 32], 0, 8)
+    assert plain == pytest.approx(1.0, abs=0.05)
+    assert few == pytest.approx(1.4, abs=0.1)
+    assert many == pytest.approx(few, abs=0.05), "more rows are what the cost model says"
+
+
+def test_prompts_are_read_as_often_as_sequences_leave() -> None:
+    """Those that came together in the beginning will not come again."""
+    policy = Goodput(Machine(memory_bound, 0.1, always(0.5)))
+    views = [SeqView([1] * 4, 4, SamplingParams(max_tokens=64), SeqRng(1)) for _ in range(9)]
+    policy.budgets(views[:8], Load(8))
+    policy.budgets(views[:8], Load(8))
+    assert policy.time.arrived == 0
+    policy.budgets(views[1:], Load(8))
+    assert policy.time.arrived == 1
+
+
 def test_habits_know_drafts_that_end_early_and_find_nothing() -> None:
     habits = Habits(8)
     for step in range(400):
@@ -264,14 +299,16 @@ def test_habits_know_drafts_that_end_early_and_find_nothing() -> None:
         n = 3 * found
         habits.observe(6, [1] * n, Verdict([1, 2][:n], [1] * 3, n))
     record = Record(habits)
-    gain, rows, found = record.curve(8)
-    assert found == pytest.approx(0.5, abs=0.05)
+    usual = record.curve(8)
+    gain, rows = usual.gain[0], usual.rows[0]
+    assert usual.found == pytest.approx(0.5, abs=0.05)
     assert rows[:3] == pytest.approx([0.5] * 3, abs=0.06)
     assert rows[3:].sum() < 0.1
     assert gain[1] > 5 * gain[2], "the third is always refused"
     for _ in range(30):
         record.observe(6, 3, Verdict([], [1], 1))
-    own, there, _ = record.curve(8)
+    now = record.curve(8)
+    own, there = now.gain[0], now.rows[0]
     assert gain[0] / rows[0] > 0.8
     assert own[0] / there[0] < 0.5, "its own verdicts count more"
 

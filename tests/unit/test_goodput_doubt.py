@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from foretell.control.length.confidence import Confidence
 from foretell.control.length.fixed import Fixed
-from foretell.control.length.goodput.doubt import EDGES, Doubt, judged, prices
+from foretell.control.length.goodput.doubt import EDGES, Doubt, Stop, chances, judged
 from foretell.control.length.goodput.habits import Habits
 from foretell.control.length.goodput.policy import Goodput
-from foretell.control.length.goodput.records import Record
+from foretell.control.length.goodput.prices import Prices, prices
+from foretell.control.length.goodput.records import Record, curves
 from foretell.core.feedback import Verdict
 from foretell.core.params import SamplingParams
 from foretell.core.protocols import Budget, Load, SeqView, Timings
@@ -34,10 +36,11 @@ def verdict(accepted: int, drafted: int) -> Verdict:
 
 
 def taught(low: float, high: float, rounds: int = 400) -> Doubt:
-    """Scores of 0.05 are right that often, those of 0.75 so often."""
+    """Scores of 0.05 are right that often, those of 0.75 so often; they are equally frequent."""
     doubt, r = Doubt(), random.Random(1)
     for _ in range(rounds):
         for score, rate in ((0.05, low), (0.75, high)):
+            doubt.saw([score])
             doubt.observe(chain([score]), verdict(int(r.random() < rate), 1))
     return doubt
 
@@ -53,31 +56,54 @@ def test_rates_are_what_verdicts_showed_and_not_what_scores_say() -> None:
 def test_old_verdicts_fade_and_counts_stay_finite() -> None:
     doubt = taught(low=0.9, high=0.9, rounds=30)
     for _ in range(12_000):
+        doubt.saw([0.05, 0.05])
         doubt.observe(chain([0.05]), verdict(0, 1))
     assert doubt.rates()[2] < 0.02
     assert doubt.weight <= 1e9
-    assert max(doubt.tried) < 1e12
+    assert max(*doubt.tried, *doubt.first, *doubt.later) < 1e12
+    for _ in range(2_000):
+        doubt.saw([0.75, 0.75])
+        doubt.observe(chain([0.75]), verdict(1, 1))
+    assert [share[12] for share in doubt.shares()] == pytest.approx([1.0, 1.0], abs=0.03)
+
+
+def worth(doubt: Doubt, chance: float, row: float) -> float:
+    """What one token more is worth behind a path."""
+    rates = doubt.rates()
+    return sum(max(0.0, chance * rates[i] - row) for i in (2, 12)) / 2
 
 
 def test_a_draft_ends_where_going_on_is_worth_less_than_it_costs() -> None:
     doubt = taught(low=0.2, high=0.9)
     rates = doubt.rates()
-    one, two = rates[12] * doubt.mean, rates[12] * rates[2] * doubt.mean
-    stop = doubt.end([one - 0.01, two + 0.01])
-    assert not stop([0.75]), "worth its price"
-    assert stop([0.75, 0.05])
-    assert doubt.end([one + 0.01])([0.75])
-    assert not doubt.end([0.0])([0.05])
-    assert not stop([0.75, 0.05, 0.05]), "no price, no doubt: the last level"
+    sure, unsure = rates[12], rates[12] * rates[2]
+    for row in (0.0, 0.3):
+        one, two = worth(doubt, sure, row), worth(doubt, unsure, row)
+        stop = doubt.stop(Prices(row, [0.97 * one, two + 0.01]))
+        assert stop is not None
+        assert not stop([0.75]), "worth its price"
+        assert not stop.said
+        assert stop([0.75, 0.05])
+        assert stop.said
+        dear = doubt.stop(Prices(row, [1.03 * one]))
+        assert dear is not None
+        assert dear([0.75])
+    free = doubt.stop(Prices(0.0, [0.0]))
+    assert free is not None
+    assert not free([0.05])
+    assert not free([0.75, 0.05]), "no price, no doubt: the last level"
 
 
 def test_nothing_is_doubted_before_there_are_enough_verdicts() -> None:
     doubt = Doubt()
     for _ in range(int(Doubt.ENOUGH) - 1):
+        doubt.saw([0.5])
         doubt.observe(chain([0.5]), verdict(0, 1))
-    assert not doubt.end([9.0])([0.5])
+    assert doubt.stop(Prices(0.0, [9.0])) is None
     doubt.observe(chain([0.5]), verdict(0, 1))
-    assert doubt.end([9.0])([0.5])
+    stop = doubt.stop(Prices(0.0, [9.0]))
+    assert stop is not None
+    assert stop([0.5])
 
 
 def test_drafters_without_scores_teach_nothing() -> None:
@@ -94,14 +120,67 @@ def test_which_nodes_of_chains_and_trees_were_judged() -> None:
 
 
 def test_prices_are_seconds_in_tokens() -> None:
-    """Rows take 1, then 2 seconds each; levels of drafting 3; four tokens a second."""
-    rows = np.array([[1.0, 1.0, 0.5], [1.0, 1.0, 0.5]])
+    """Rows take 1, then 3 seconds each; levels of drafting 3; four tokens a second. A level that
+    nobody gets to is paid by one."""
+    drafted = np.array([2.0, 1.5, 0.2])
 
     def forward(n: np.ndarray) -> np.ndarray:
-        return n + np.maximum(0.0, n - 6)
+        return n + 2 * np.maximum(0.0, n - 6)
 
-    found = prices(2, rows, forward, np.array([3.0, 6.0, 9.0]), 4.0)
-    assert found == pytest.approx([(1 + 3 / 2) * 4, (2 + 3 / 1) * 4])
+    seconds = np.array([3.0, 6.0, 9.0])
+    few = prices(2, np.array([1.0, 1.0, 0.0]), drafted, forward, seconds, 4.0)
+    assert few.row == pytest.approx(1 * 4)
+    assert few.draft == pytest.approx([3 / 1.5 * 4, 3 * 4])
+    assert prices(2, np.array([4.0, 2.0, 0.0]), drafted, forward, seconds, 4.0).row == 3 * 4
+    assert prices(2, np.array([0.0, 0.0, 0.0]), drafted, forward, seconds, 4.0).row == 1 * 4
+
+
+@pytest.mark.parametrize("row", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("price", [[0.0] * 3, [0.3, 0.2, 0.1], [0.05, 0.2, 0.4], [0.1, 0.5]])
+def test_drafts_are_foreseen(price: list[float], row: float) -> None:
+    """Against all drafts that there can be, one by one."""
+    doubt = taught(low=0.25, high=0.9)
+    rates, stop = doubt.rates(), doubt.stop(Prices(row, price))
+    assert stop is not None
+    drafted, kept, gain = ([0.0] * 4 for _ in range(3))
+    for level in range(1, 5 if len(price) == 3 else 4):
+        for draft in itertools.product((0.05, 0.75), repeat=level):
+            if not any(stop(draft[:n]) for n in range(1, level)):
+                chance = chances(rates, draft)[-1]
+                drafted[level - 1] += 0.5**level
+                kept[level - 1] += 0.5**level * (chance >= row)
+                gain[level - 1] += 0.5**level * chance * (chance >= row)
+    found = doubt.outlook(Prices(row, price), 4)
+    assert found.drafted == pytest.approx(drafted, abs=2e-3)
+    assert found.kept == pytest.approx(kept, abs=2e-3)
+    assert found.gain == pytest.approx(gain, rel=0.07, abs=2e-3)
+
+
+def test_the_first_scores_of_drafts_are_counted_apart() -> None:
+    """Half of the drafts begin with a doubt; behind them there is none."""
+    doubt = Doubt()
+    for _ in range(300):
+        for scores, right in (([0.75, 0.75], 2), ([0.05, 0.75], 0)):
+            doubt.saw(scores)
+            doubt.observe(chain(scores), verdict(right, 2))
+    rates = doubt.rates()
+    gain = doubt.outlook(Prices(0.0, [0.0, 0.0]), 3).gain
+    assert gain[0] == pytest.approx((rates[2] + rates[12]) / 2, rel=0.02)
+    assert gain[1] / gain[0] == pytest.approx(rates[12], rel=0.05)
+
+
+def test_what_a_doubt_would_bring_is_known_before_it_was_tried() -> None:
+    """Nobody ever went beyond the first level, and doubted tokens are not worth their rows."""
+    doubt, habits = taught(low=0.1, high=0.95), Habits(4)
+    for _ in range(100):
+        habits.observe(1, [1], verdict(1, 1))
+    habits.doubt = doubt
+    found = curves([Record(habits)], 4, Prices(0.4, [0.1] * 3), hope=False)
+    assert found.rows[0, :2] == pytest.approx([0.5, 0.25], abs=0.03)
+    assert found.drafted[0, :2] == pytest.approx([1.0, 0.5], abs=0.03)
+    assert found.gain[0, 1] / found.rows[0, 1] > 0.8
+    whole = curves([Record(habits)], 4, hope=False)
+    assert whole.rows[0, 0] == whole.drafted[0, 0] == pytest.approx(1.0, abs=0.01)
 
 
 def test_levels_that_are_left_out_where_they_would_fail_cost_no_tokens() -> None:
@@ -115,11 +194,75 @@ def test_levels_that_are_left_out_where_they_would_fail_cost_no_tokens() -> None
     usual = habits.read()
     assert usual.there[1] == pytest.approx(0.5, abs=0.02)
     assert usual.right[1] == pytest.approx(1.0, abs=0.02)
-    gain, rows, _ = Record(habits).curve(4)
+    found = Record(habits).curve(4)
+    gain, rows = found.gain[0], found.rows[0]
     assert gain[0] == pytest.approx(0.5, abs=0.1)
     assert gain[1] == pytest.approx(gain[0], rel=0.05)
     assert rows[:2] == pytest.approx([1.0, 0.5], abs=0.03)
     assert gain[2] < 0.05
+
+
+def cutting(row: float) -> Goodput:
+    """A policy that knows scores of 0.05 to be right seldom, and those of 0.75 mostly."""
+    policy = Goodput(Talkative(0.2, 0.9))
+    policy.budgets([view_of()], Load())
+    policy.views[0].effort.habits.doubt = taught(low=0.2, high=0.9)
+    policy.prices, policy.steps = Prices(row, [0.0] * 3), Goodput.WHOLE + 1
+    return policy
+
+
+def view_of() -> SeqView:
+    return SeqView([1] * 4, 4, SamplingParams(max_tokens=64), SeqRng(1))
+
+
+def test_what_is_not_worth_a_row_is_not_verified() -> None:
+    policy, draft = cutting(0.5), chain([0.75, 0.75, 0.05, 0.75])
+    (tree,) = policy.trim([draft])
+    assert len(tree) == tree.n_context + 2
+    for name in ("tokens", "parent", "kind", "depth", "score"):
+        assert (getattr(tree, name) == getattr(draft, name)[: len(tree)]).all()
+    assert policy.drafts == [draft]
+    (none,) = policy.trim([chain([0.05, 0.75])])
+    assert len(none) == none.n_context
+    (cheap,) = cutting(0.01).trim([draft])
+    assert cheap is draft
+
+
+def test_what_was_cut_was_found() -> None:
+    policy = cutting(0.5)
+    policy.asked, policy.stops = [1], [None]
+    (cut,) = policy.trim([chain([0.05])])
+    for _ in range(30):
+        policy.observe([cut], [verdict(0, 0)], Timings(0.1, 1.0, 0.0, 2, 0, 1, True))
+    assert policy.views[0].effort.curve(4).found[0] > 0.9
+
+
+def test_some_drafts_are_verified_whole_to_hear_of_what_is_doubted() -> None:
+    policy, draft = cutting(0.5), chain([0.05])
+    policy.steps = Goodput.WHOLE
+    assert policy.trim([draft])[0] is draft
+
+
+def test_tokens_that_were_drawn_are_never_cut_nor_trees_nor_what_has_no_scores() -> None:
+    """Leaving a drawn token out because of its own chance would change the law of the output."""
+    policy = cutting(0.5)
+    drawn = TokenTree.chain([1], [2], q=torch.ones(1, 4) / 4, score=[0.05])
+    tree = TokenTree.build([1], [3, 4], [-1, -1], score=[0.05, 0.05])
+    plain, nothing = TokenTree.chain([1], [2]), TokenTree.context([1])
+    for draft in (drawn, tree, plain, nothing):
+        assert policy.trim([draft])[0] is draft
+
+
+def test_ends_that_the_policy_asked_for_are_not_held_against_the_drafter() -> None:
+    policy = Goodput(Talkative(0.2, 0.9))
+    for _ in range(40):
+        policy.budgets([view_of()], Load())
+        policy.stops = [Stop((0.5,) * 16, [2.0])]
+        assert policy.stops[0]([0.05])
+        policy.asked = [4]
+        policy.observe([chain([0.05])], [verdict(1, 1)], Timings(0.1, 1.0, 0.0, 2, 0, 1, True))
+    (habits,) = policy.habits.values()
+    assert habits.read().there[1] > 0.9
 
 
 class Talkative:
@@ -143,22 +286,25 @@ class Talkative:
         ]
         emitted, elapsed = 0, 0.0
         for _ in range(steps):
-            trees, verdicts, deepest = [], [], 0
+            trees, verdicts, lucks, deepest = [], [], [], 0
             for view, budget in zip(views, policy.budgets(views, Load(batch)), strict=True):
                 scores: list[float] = []
                 while len(scores) < min(budget.depth, 8):
                     scores.append(r.choice([0.1, 0.3]))
                     if budget.stop is not None and budget.stop(scores):
                         break
-                right = 0
-                while right < len(scores) and r.random() < self.rate[scores[right]]:
-                    right += 1
+                lucks.append([r.random() < self.rate[s] for s in scores])
                 trees.append(TokenTree.chain(view.tokens[-1:], [1] * len(scores), score=scores))
+                deepest = max(deepest, len(scores))
+            if deepest and hasattr(policy, "trim"):
+                trees = policy.trim(trees)
+            for view, tree, luck in zip(views, trees, lucks, strict=True):
+                kept = luck[: len(tree) - 1]
+                right = kept.index(False) if False in kept else len(kept)
                 path = list(range(1, right + 1))
-                verdicts.append(Verdict(path, [1] * (right + 1), min(right + 1, len(scores))))
+                verdicts.append(Verdict(path, [1] * (right + 1), min(right + 1, len(kept))))
                 view.tokens += [1] * (right + 1)
                 emitted += right + 1
-                deepest = max(deepest, len(scores))
             rows = sum(map(len, trees))
             draft, target = 0.05 * deepest, self.seconds(rows)
             elapsed += draft + target

@@ -52,6 +52,27 @@ def test_fixed_gives_everybody_the_same() -> None:
     assert [(b.depth, b.nodes, b.stop) for b in budgets] == [(2, 3, None)] * 2
 
 
+class Cutting(Fixed):
+    """Of three drafted tokens one is verified; of the second sequence none."""
+
+    def trim(self, trees: list[TokenTree]) -> list[TokenTree]:
+        return [t.head(min(len(t), t.n_context + (i == 0))) for i, t in enumerate(trees)]
+
+
+def test_a_policy_may_leave_out_what_was_drafted() -> None:
+    target, context = pair()
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    plain = LLM(target, draft="none", context=context).generate(prompts, params)
+    llm = LLM(target, draft="draft-model", policy=Cutting(3), context=context)
+    first, second = llm.generate(prompts, params)
+    assert [first.token_ids, second.token_ids] == [o.token_ids for o in plain]
+    assert first.stats.accepted > 0
+    assert first.stats.drafted <= first.stats.steps
+    while_both = first.stats.steps
+    assert second.stats.drafted <= max(0, second.stats.steps - while_both)
+
+
 def test_the_walk_never_steps_on_a_dead_node() -> None:
     """A dead node has no row, so even one that says the right token ends the walk."""
     tree = TokenTree.chain([1], [5, 6])

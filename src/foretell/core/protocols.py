@@ -384,7 +384,11 @@ class CostModel(Protocol):
 
 
 class LengthPolicy(Protocol):
-    """How much to draft."""
+    """How much to draft.
+
+    A method is optional: ``trim(trees) -> trees`` gets what was drafted for the views of the last
+    `budgets`, in their order, and may leave out nodes that have no q row.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]

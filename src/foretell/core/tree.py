@@ -139,6 +139,14 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def head(self, n: int) -> TokenTree:
+        """The first n nodes of a tree without q rows; parents come first, so that none is lost."""
+        score = None if self.score is None else self.score[:n]
+        return TokenTree(
+            self.tokens[:n], self.parent[:n], self.kind[:n], self.depth[:n], score=score,
+            embeds=self.embeds, _n_context=min(n, self.n_context),
+        )  # fmt: skip
+
     @property
     def n_context(self) -> int:
         if self._n_context < 0:

@@ -193,6 +193,10 @@ class Engine:
                     trees[id(seq)] = TokenTree.context(seq.view.pending)
             for seq, want, budget in zip(decoding, wanted, budgets, strict=True):
                 self._note(seq, want, budget, trees[id(seq)], share)
+            trim = getattr(self.policy, "trim", None)
+            if asked and trim is not None:
+                cut = trim([trees[id(s)] for s in decoding])
+                trees = {id(s): tree for s, tree in zip(decoding, cut, strict=True)}
         return _in_order(turns, trees)
 
     def _share(self, turns: Seq[Turn], decoding: Seq[Sequence]) -> tuple[Load, int]:

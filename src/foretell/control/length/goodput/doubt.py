@@ -1,17 +1,49 @@
-"""What a drafter's scores are worth, and where a draft ends that is not worth going on with."""
+"""What a drafter's scores are worth: where a draft ends, and what of it is verified."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple
 
 import numpy as np
 
 from foretell.control.length.company import tried
+from foretell.control.length.goodput.prices import Prices
 from foretell.core.feedback import Verdict
 from foretell.core.tree import TokenTree
 
 EDGES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+LEAST = 1e-3  # P(drafted) of the last level that is foreseen
+STEP = 0.05  # of the logarithm of a path's chance, where drafts are foreseen
+CELLS = 80  # of them; paths with less chance are alike
+
+
+class Outlook(NamedTuple):
+    """What drafts are expected to come to; arrays [K] are by level."""
+
+    drafted: np.ndarray  # P(the level is drafted)
+    kept: np.ndarray  # P(it is verified)
+    gain: np.ndarray  # accepted tokens that it brings
+
+
+@dataclass(slots=True)
+class Stop:
+    """A `Budget.stop`. least [K]: the chances of a path below which it ends behind 1, 2, .. levels.
+    rates: of acceptance, by score."""
+
+    rates: Sequence[float]
+    least: Sequence[float]
+    said: bool = False  # it has ended a draft
+
+    def __call__(self, scores: Sequence[float]) -> bool:
+        level = len(scores)
+        if level <= len(self.least):
+            self.said = chances(self.rates, scores)[-1] < self.least[level - 1]
+        return self.said
 
 
 class Doubt:
@@ -23,11 +55,25 @@ class Doubt:
     ENOUGH = 64.0  # verdicts before anything is doubted
 
     def __init__(self) -> None:
-        self.tried, self.won = [0.0] * (len(EDGES) + 1), [0.0] * (len(EDGES) + 1)
+        self.tried, self.won, self.first, self.later = ([0.0] * (len(EDGES) + 1) for _ in range(4))
+        """By score: verdicts, accepted tokens, tokens that began a draft, tokens behind them."""
         self.weight = 1.0  # of the next verdict: it grows, and so the old ones fade
         self.total = 0.0
-        self.mean = 0.0  # over all scores
+        self.drafts = 0
         self._rates: list[float] = []  # since the last verdict
+        self._shares: tuple[np.ndarray, np.ndarray] | None = None
+        self._least: tuple[Prices, list[float]] | None = None  # for these prices
+
+    @property
+    def ready(self) -> bool:
+        return self.total >= self.ENOUGH and self.drafts > 0
+
+    def saw(self, scores: Sequence[float]) -> None:
+        """Of a draft, a chain, whatever is verified of it."""
+        self.drafts += 1
+        self.first[bisect_right(EDGES, scores[0])] += self.weight
+        for score in scores[1:]:
+            self.later[bisect_right(EDGES, score)] += self.weight
 
     def observe(self, tree: TokenTree, verdict: Verdict) -> None:
         if tree.score is None:
@@ -38,59 +84,102 @@ class Doubt:
             self.won[i] += self.weight * won
             self.weight /= self.KEEP
             self.total += 1
-        self._rates = []
+        self._rates, self._shares = [], None
         if self.weight > 1e9:
-            self.tried = [x / self.weight for x in self.tried]
-            self.won = [x / self.weight for x in self.won]
+            for counts in (self.tried, self.won, self.first, self.later):
+                counts[:] = [x / self.weight for x in counts]
             self.weight = 1.0
 
     def rates(self) -> list[float]:
         """P(accepted | the text before it is) by range of scores."""
         if not self._rates:
             some = self.WEIGHT * self.weight
-            self.mean = mean = sum(self.won) / max(sum(self.tried), 1e-9)
+            mean = sum(self.won) / max(sum(self.tried), 1e-9)
             self._rates = [
                 (w + some * mean) / (t + some) for t, w in zip(self.tried, self.won, strict=True)
             ]
         return self._rates
 
-    def end(self, price: Sequence[float]) -> Callable[[Sequence[float]], bool]:
-        """A `Budget.stop`: whether the next level is worth less than it costs. price [K]: tokens
-        that going on behind 1, 2, .. levels costs."""
+    def shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """How frequent scores are: of tokens that begin drafts, and of others."""
+        if self._shares is None:
+            first, later = np.array(self.first), np.array(self.later)
+            first /= max(first.sum(), 1e-9)
+            later += self.WEIGHT * self.weight * first
+            self._shares = first, later / later.sum()
+        return self._shares
 
-        def stop(scores: Sequence[float]) -> bool:
-            level = len(scores)
-            if self.total < self.ENOUGH or level > len(price):
-                return False
-            rates, path = self.rates(), 1.0
-            for s in scores:
-                path *= rates[bisect_right(EDGES, s)]
-            return path * self.mean < price[level - 1]
+    def cut(self, tree: TokenTree, row: float) -> TokenTree:
+        """A draft without the tokens at its end that are less likely than what a row costs, in
+        tokens. Trees, drafts without scores, and tokens that were drawn from a q stay as they
+        are."""
+        if tree.score is None or tree.qrow is not None or not is_chain(tree):
+            return tree
+        scores = tree.score[tree.n_context :].tolist()
+        self.saw(scores)
+        if not row or not self.ready:
+            return tree
+        keep = sum(chance >= row for chance in chances(self.rates(), scores))
+        return tree if keep == len(scores) else tree.head(tree.n_context + keep)
 
-        return stop
+    def stop(self, prices: Prices) -> Stop | None:
+        """Ends drafts where the next level would not be worth drafting; None: no doubt yet."""
+        if not self.ready:
+            return None
+        if self._least is None or self._least[0] is not prices:
+            self._least = prices, self.least(prices).tolist()
+        return Stop(self.rates(), self._least[1])
+
+    def least(self, prices: Prices) -> np.ndarray:
+        """[K] the least chance of a path behind which to draft on: a token more is verified if it
+        is likelier than a row costs, and then worth the difference."""
+        rates, later = np.array(self.rates()), self.shares()[1]
+        chance = np.exp(-STEP / 4 * np.arange(4 * CELLS))
+        worth = np.maximum(chance[:, None] * rates - prices.row, 0.0) @ later  # falling
+        draft = np.array(prices.draft)
+        some = np.searchsorted(-worth, -draft, side="right") - 1
+        return np.where(draft <= 0.0, 0.0, np.where(some < 0, 2.0, chance[some]))
+
+    def outlook(self, prices: Prices, most: int) -> Outlook:
+        """Of levels 1..most, where drafts end as `stop` says and only what is worth its row is
+        verified. Foreseen from the scores that there were, as if each level's did not depend on
+        those before it: a way of drafting need not have been tried to be judged."""
+        rates, least = np.array(self.rates()), self.least(prices)
+        first, later = self.shares()
+        cell = np.minimum(np.rint(-np.log(np.maximum(rates, 1e-9)) / STEP), CELLS - 1).astype(int)
+        chance = np.exp(-STEP * np.arange(CELLS))  # of a path
+        mass = np.bincount(cell, first, CELLS)  # of drafts, by the chance of their path
+        kernel = np.bincount(cell, later, CELLS)
+        found = Outlook(np.zeros(most), np.zeros(most), np.zeros(most))
+        for level in range(min(most, len(least) + 1)):
+            if level:
+                mass = np.convolve(np.where(chance >= least[level - 1], mass, 0.0), kernel)
+                mass[CELLS - 1] = mass[CELLS - 1 :].sum()
+                mass = mass[:CELLS]
+            found.drafted[level] = mass.sum()
+            if found.drafted[level] < LEAST:
+                break
+            kept = np.where(chance >= prices.row, mass, 0.0)
+            found.kept[level], found.gain[level] = kept.sum(), kept @ chance
+        return found
+
+
+def chances(rates: Sequence[float], scores: Sequence[float]) -> list[float]:
+    """That the first 1, 2, .. tokens with these scores, one behind the other, are all accepted;
+    falling."""
+    return list(accumulate((rates[bisect_right(EDGES, s)] for s in scores), mul))
 
 
 def judged(tree: TokenTree, verdict: Verdict) -> Iterator[tuple[int, bool]]:
     """`tried`, quickly where the draft is a chain."""
-    n = len(tree) - tree.n_context
-    if n and tree.depth[-1] - tree.depth[tree.tip] == n:
+    if is_chain(tree):
         for level in range(verdict.checked):
             yield tree.tip + 1 + level, level < verdict.accepted
     else:
         yield from tried(tree, verdict)
 
 
-def prices(
-    count: int,
-    rows: np.ndarray,
-    forward: Callable[[np.ndarray], np.ndarray],
-    drafting: np.ndarray,
-    rate: float,
-) -> list[float]:
-    """What a sequence's going on behind 1, 2, .. levels costs, in tokens. rows [B, K], forward: as
-    in `allocate`; drafting [K]: seconds of drafting 1, 2, .. levels; rate: tokens per second
-    that the machine makes anyway."""
-    more = rows.sum(0)
-    total = count + np.concatenate([[0.0], more.cumsum()])
-    each = (np.diff(forward(total)) / np.maximum(more, 1e-3))[1:]
-    return ((each + np.diff(drafting) / np.maximum(more[1:], 1.0)) * rate).tolist()
+def is_chain(tree: TokenTree) -> bool:
+    """Whether something is drafted, and a node a level."""
+    n = len(tree) - tree.n_context
+    return n > 0 and bool(tree.depth[-1] - tree.depth[tree.tip] == n)

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import numpy as np
+
+SURPRISE = 2.0  # an observation counts for at most so many times what was expected
+EARLY = 8  # observations of which the median is what is expected
+
+
+class Early:
+    """The first observations of something: which of them were accidents shows only later."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float, float]] = []  # x, y, y over what x makes of it
+
+    def add(self, x: float, y: float, size: float) -> list[tuple[float, float]]:
+        """All so far, none of them more than `SURPRISE` times as large as is usual."""
+        self.seen.append((x, y, y / size))
+        usual = SURPRISE * median(s for _, _, s in self.seen)
+        return [(x, min(y, usual * y / s) if s > 0 else y) for x, y, s in self.seen]
 
 
 class Line:
@@ -15,11 +32,14 @@ class Line:
 
     KEEP = 0.97  # what is left of an observation after every further one
     RIDGE = 0.02
-    SURPRISE = 4.0  # an observation counts for at most so many times what was expected
 
     def __init__(self) -> None:
-        self.n = self.sx = self.sy = self.sxx = self.sxy = 0.0
         self.a = self.b = 0.0
+        self.early = Early()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.n = self.sx = self.sy = self.sxx = self.sxy = 0.0
 
     @property
     def spread(self) -> float:
@@ -30,8 +50,14 @@ class Line:
         return self.a + self.b * x
 
     def observe(self, x: float, y: float) -> None:
-        if self.n > 2:
-            y = min(y, self.SURPRISE * max(self.at(x), 1e-9))
+        if len(self.early.seen) < EARLY:
+            self._clear()
+            for earlier in self.early.add(x, y, 1.0 + x):
+                self._add(*earlier)
+        else:
+            self._add(x, min(y, SURPRISE * max(self.at(x), 1e-9)))
+
+    def _add(self, x: float, y: float) -> None:
         k = self.KEEP
         self.n, self.sx, self.sy = k * self.n + 1, k * self.sx + x, k * self.sy + y
         self.sxx, self.sxy = k * self.sxx + x * x, k * self.sxy + x * y
@@ -55,21 +81,30 @@ class Tilt:
     """
 
     KEEP = 0.97  # what is left of an observation after every further one
-    RIDGE = 0.5  # how much x must vary before a slope is believed
+    RIDGE = 2.0  # how much x must vary before a slope is believed
     STEEPEST = 1.0
-    SURPRISE = 4.0  # an observation is at most so many times what was expected
     LEAST = 0.05
 
     def __init__(self) -> None:
-        self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
         self.x = self.c = self.d = 0.0
+        self.early = Early()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
 
     def at(self, x: Any) -> Any:
         return np.maximum(self.LEAST, self.c + self.d * (x - self.x))
 
     def observe(self, x: float, r: float) -> None:
-        if self.n > 2:
-            r = min(r, self.SURPRISE * float(self.at(x)))
+        if len(self.early.seen) < EARLY:
+            self._clear()
+            for earlier in self.early.add(x, r, 1.0):
+                self._add(*earlier)
+        else:
+            self._add(x, min(r, SURPRISE * float(self.at(x))))
+
+    def _add(self, x: float, r: float) -> None:
         k = self.KEEP
         self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
         self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r

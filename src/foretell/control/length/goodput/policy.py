@@ -12,8 +12,9 @@ import numpy as np
 from foretell.control.length.company import decided
 from foretell.control.length.fixed import UNLIMITED, Fixed
 from foretell.control.length.goodput.allocate import allocate, promise, together
-from foretell.control.length.goodput.doubt import prices
+from foretell.control.length.goodput.doubt import Stop
 from foretell.control.length.goodput.habits import Habits, widths
+from foretell.control.length.goodput.prices import Prices, prices
 from foretell.control.length.goodput.probes import Probes
 from foretell.control.length.goodput.records import Record, curves, welcome
 from foretell.control.length.goodput.steptime import StepTime
@@ -40,7 +41,8 @@ class Goodput:
     row, over all sequences, up to the best cut (`allocate`). A choice is kept for `every` steps
     (later for more, where nothing changes) or until the company has changed by a quarter, and left
     only for one that promises `MARGIN` more; newcomers do as most do. A drafter that says how
-    sure it is ends a draft where going on is not worth it (`Doubt`). What the other way would cost
+    sure it is ends a draft where going on is not worth it, and of a draft that is there only the
+    tokens are verified that are worth their rows (`Doubt`). What the other way would cost
     and bring is measured, not guessed (`Probes`).
 
     tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
@@ -62,6 +64,7 @@ class Goodput:
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
     PATIENCE = 4  # so many choices that change nothing, and they come this much more seldom
     CROWD = 32  # with more sequences not every step is learned from
+    WHOLE = 16  # of so many steps one is verified whole
     SOME = 4  # where nobody drafts one of so many steps is learned from
 
     def __init__(
@@ -80,7 +83,10 @@ class Goodput:
         self.quiet = 0  # choices that changed nothing
         self.fresh = 0  # sequences that draft for the first time
         self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
-        self.prices: list[float] = []  # of going on, in tokens, by level
+        self.rate = 0.0  # tokens per second that the last choice promised
+        self.prices = Prices()
+        self.drafts: list[TokenTree] = []  # of this step, before they were cut
+        self.stops: list[Stop | None] = []  # of this step
         self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
 
     @classmethod
@@ -109,11 +115,11 @@ class Goodput:
     def budgets(self, views: Sequence[SeqView], load: Load) -> list[Budget]:
         if self._is_calm(views):
             return self.nothing
+        left = len(self.views) - len(views) + sum(v.effort is None for v in views)
         self.views = list(views)
-        arrivals = sum(v.effort is None for v in views)
         records = [v.effort or self._record(v) for v in views]
         self.age, self.steps = self.age + 1, self.steps + 1
-        self.time.went_by(self.steps - self.told, arrivals)
+        self.time.went_by(self.steps - self.told, max(0, left))
         self.told = self.steps
         most = self.tokens
         limits = [min(most, v.most_drafts) if v.control else most for v in views]
@@ -124,7 +130,8 @@ class Goodput:
         levels = [r.tokens if r.tokens < k else k for r, k in zip(records, limits, strict=True)]
         vary = self.steps % self.every == 0
         levels = self.probes.look(views, records, levels, limits, vary)
-        self.clean, self.fresh, self.asked, budgets = True, 0, [], []
+        self.clean, self.fresh, budgets = True, 0, []
+        self.asked, self.stops, self.drafts = [], [], []
         for r, k, v in zip(records, levels, views, strict=True):
             if k:
                 self.clean = self.clean and r.drafted and self.steps - r.last <= self.NAP
@@ -132,13 +139,25 @@ class Goodput:
                 r.last, r.drafted = self.steps, True
                 room = v.params.max_tokens - len(v.tokens) + v.prompt_len - 1
                 self.asked.append(min(k, max(0, room)))
-                stop = r.habits.doubt.end(self.prices) if k > 1 else None
+                stop = r.habits.doubt.stop(self.prices) or Stop((), ())
                 budgets.append(Budget(UNLIMITED, k, stop=stop))
+                self.stops.append(stop)
             else:
+                self.stops.append(None)
                 self.asked.append(0)
                 budgets.append(NOTHING)
         self.nothing = [] if any(self.asked) or self.probes.spell else budgets
         return budgets
+
+    def trim(self, trees: Sequence[TokenTree]) -> list[TokenTree]:
+        """Cuts drafts, chains of tokens that were not drawn, down to what is worth its rows; now
+        and then not, to hear of tokens that are doubted."""
+        self.drafts = list(trees)
+        row = 0.0 if self.steps % self.WHOLE == 0 else self.prices.row
+        return [
+            view.effort.habits.doubt.cut(tree, row)
+            for view, tree in zip(self.views, trees, strict=True)
+        ]
 
     def _is_calm(self, views: Sequence[SeqView]) -> bool:
         """Whether nobody drafts and nothing is to be thought about: most steps of a full server,
@@ -160,15 +179,22 @@ class Goodput:
 
     def _choose(self, records: Sequence[Record], limits: Sequence[int]) -> None:
         most = self.tokens if self.time.known else min(START, self.tokens)
-        gain, rows, seen = curves(records, most)
+        gain, rows, drafted, seen = curves(records, most)
         beyond = np.arange(most) >= np.array(limits)[:, None]
-        gain[beyond] = rows[beyond] = 0.0
         # drafts of one sequence are all there or not at all; of many, about as many as expected
-        found = float(seen[0]) if len(records) == 1 else 1.0
-        context, extra = sum(v.cached for v in self.views), float(rows.sum()) / found
-        forward = self.time.expected(len(records), context, extra, found)
+        n, found = len(records), float(seen[0]) if len(records) == 1 else 1.0
+        context = sum(v.cached for v in self.views)
+        widest = float((rows / seen[:, None]).max())
+        forward = self.time.expected(n, context, n * most * widest, found)
+        rate = self.rate or n / float(forward(np.array([float(n)]))[0])
+        drafting = np.broadcast_to(self.time.drafting(np.arange(1, most + 1), n), most)
+        rows[beyond] = drafted[beyond] = 0.0
+        for _ in range(2):
+            self.prices = prices(n, rows.sum(0), drafted.sum(0), forward, drafting, rate)
+            gain, rows, drafted, _ = curves(records, most, self.prices)
+            gain[beyond] = rows[beyond] = drafted[beyond] = 0.0
         # a level takes its time only where somebody drafts that far
-        far = np.concatenate([[0.0], (1.0 - (1.0 - np.minimum(rows, 1.0)).prod(0)).cumsum()])
+        far = np.concatenate([[0.0], (1.0 - (1.0 - np.minimum(drafted, 1.0)).prod(0)).cumsum()])
 
         def draft(levels: Any, sequences: Any) -> Any:
             return self.time.drafting(far[levels], sequences)
@@ -191,9 +217,10 @@ class Goodput:
         self.patience = self.every * (self.PATIENCE if self.quiet > self.PATIENCE else 1)
         self.age, self.chosen_for = 0, len(records)
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
-        drafting = np.broadcast_to(draft(np.arange(1, most + 1), len(records)), most)
-        self.prices = prices(len(records), rows, forward, drafting, old_rate)
-        self.probes.settle(self.views, records, levels, limits, most, forward, old_rate)
+        self.rate = old_rate
+        self.probes.settle(
+            self.views, records, levels, limits, most, forward, old_rate, self.prices
+        )
 
     def observe(
         self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict], timings: Timings
@@ -212,12 +239,16 @@ class Goodput:
     def _learn(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict]) -> int:
         """From the verdicts of a step; returns the levels of the deepest draft."""
         deepest = 0
-        for (view, tree, verdict), asked in zip(
-            decided(self.views, trees, verdicts), self.asked, strict=False
+        judged = decided(self.views, trees, verdicts)
+        for i, ((view, tree, verdict), asked, stop) in enumerate(
+            zip(judged, self.asked, self.stops, strict=False)
         ):
             if asked:
-                record, drafted = self._record(view), widths(tree)
+                draft = self.drafts[i] if self.drafts else tree
+                record, drafted = self._record(view), widths(draft)
                 record.observe(asked, len(drafted), verdict)
+                if stop is not None and stop.said:
+                    asked = len(drafted)  # that there were no more says nothing of the drafter
                 record.habits.observe(asked, drafted, verdict)
                 record.habits.doubt.observe(tree, verdict)
                 deepest = max(deepest, len(drafted))

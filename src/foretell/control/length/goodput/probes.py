@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from foretell.control.length.goodput.allocate import other_way
+from foretell.control.length.goodput.prices import Prices
 from foretell.control.length.goodput.records import Record, curves
 from foretell.control.length.goodput.steptime import StepTime
 from foretell.core.protocols import SeqView
@@ -129,9 +130,11 @@ class Probes:
         most: int,
         forward: Callable[[np.ndarray], np.ndarray],
         rate: float,
+        price: Prices,
     ) -> None:
         """After a choice that promises `rate` tokens per second: what the other way is expected to
-        lose, and what may be lost for it. most: levels that `forward` knows (as in `allocate`)."""
+        lose, and what may be lost for it. most: levels that `forward` knows (as in `allocate`);
+        price: as in `curves`."""
         n = len(records)
         step = n / max(rate, 1e-12)  # seconds that the tokens of plain decoding are worth
         full = self.CREDIT * step / n
@@ -140,7 +143,7 @@ class Probes:
         idle = idlers(levels, limits)
         if idle:
             who = self.explorers(views, records, idle)
-            gain, rows, _ = curves(records, most, hope=False)
+            gain, rows, *_ = curves(records, most, price, hope=False)
             draft = self.time.drafting
             self.depth, loss = other_way(levels, who, gain, rows, forward, draft, rate)
             self.price = self.STEPS * max(0.0, loss)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from foretell.control.length.goodput.habits import Habits
+from foretell.control.length.goodput.prices import Prices
 from foretell.core.feedback import Verdict
 
 
@@ -39,22 +41,29 @@ class Record:
             self.tried = k * self.tried + verdict.checked
             self.won = k * self.won + verdict.accepted
 
-    def curve(self, most: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """For levels 1..most what each is expected to add: emitted tokens and forward rows; and
-        how often anything is drafted."""
-        gain, rows, found = curves([self], most)
-        return gain[0], rows[0], float(found[0])
+    def curve(self, most: int) -> Curves:
+        """Of this sequence alone."""
+        return curves([self], most)
+
+
+class Curves(NamedTuple):
+    """What levels 1..K of drafts are expected to bring each of B sequences."""
+
+    gain: np.ndarray  # [B, K] emitted tokens that the level adds
+    rows: np.ndarray  # [B, K] rows of the forward that it adds
+    drafted: np.ndarray  # [B, K] P(it is drafted)
+    found: np.ndarray  # [B] how often anything is drafted
 
 
 def curves(
-    records: Sequence[Record], most: int, hope: bool = True
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`Record.curve` of B sequences at once: gain [B, most], rows [B, most], found [B]. hope:
+    records: Sequence[Record], most: int, price: Prices | None = None, hope: bool = True
+) -> Curves:
+    """price: what drafts must be worth where their drafter says how sure it is (`Doubt`). hope:
     whether what was seldom tried counts as better than it looked."""
     w = Record.WEIGHT
     numbers = np.array([(r.tried, r.won, r.total, r.asks, r.found) for r in records])
     tried, won, total, asks, found = numbers.T
-    gain, rows = np.empty((len(records), most)), np.empty((len(records), most))
+    gain, rows, drafted = (np.empty((len(records), most)) for _ in range(3))
     for habits in {id(r.habits): r.habits for r in records}.values():
         mine = np.array([r.habits is habits for r in records])
         usual = habits.read()
@@ -62,13 +71,22 @@ def curves(
         own = (won[mine] + w * (usual.hope if hope else usual.mean)) / (tried[mine] + w)
         if hope:
             own += Record.HOPE * np.sqrt(own * (1 - own) / (total[mine] + w) / mine.sum())
-        rates = np.minimum(own[:, None] * usual.shape[:most], 0.995)
         there, right = usual.there[:most].copy(), usual.right[:most].copy()
         there[0] = right[0] = 1.0
+        there = there.cumprod()
+        if price is not None and habits.doubt.ready and usual.widths.max() == 1.0:
+            look = habits.doubt.outlook(price, most)
+            each = look.gain / np.concatenate([[1.0], np.maximum(look.gain[:-1], 1e-9)])
+            rates = np.minimum(own[:, None] / usual.mean * each, 0.995)
+            drafted[mine] = seen[:, None] * look.drafted * there
+            rows[mine] = seen[:, None] * look.kept * there
+        else:
+            rates = np.minimum(own[:, None] * usual.shape[:most], 0.995)
+            drafted[mine] = seen[:, None] * there
+            rows[mine] = drafted[mine] * usual.widths[:most]
         gain[mine] = seen[:, None] * (right * rates).cumprod(1)
-        rows[mine] = seen[:, None] * there.cumprod() * usual.widths[:most]
         found[mine] = seen
-    return gain, rows, found
+    return Curves(gain, rows, drafted, found)
 
 
 def welcome(records: Sequence[Record]) -> None:

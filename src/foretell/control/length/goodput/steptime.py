@@ -12,6 +12,7 @@ from foretell.control.length.goodput.fits import Line, Tilt
 from foretell.core.protocols import CostModel, Timings
 
 T = TypeVar("T")
+SOON = 4.0  # drafted rows a sequence, to the power of e
 OFFSETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -67,7 +68,7 @@ class StepTime:
         if not self.tilts:
             return np.array(plain)
         tilt = nearest(self.tilts, sequences)
-        return np.maximum.accumulate(plain * tilt.at(np.log(rows)))
+        return np.maximum.accumulate(plain * tilt.at(draftlike(np.array(rows), sequences)))
 
     def expected(
         self, sequences: int, context: int, extra: float, found: float = 1.0
@@ -125,7 +126,8 @@ class StepTime:
             took += min(timings.other, took)  # the rest is somebody's who waited
             if guess > 0 and took > 0:
                 tilt = self.tilts.setdefault(timings.sequences.bit_length(), Tilt())
-                tilt.observe(math.log(timings.rows), took / guess)
+                x = float(draftlike(timings.rows, timings.sequences))
+                tilt.observe(x, took / guess)
         if not awake:
             return
         if self.cold:
@@ -142,6 +144,12 @@ class StepTime:
             if self.reading is None:
                 self.reading = extra
             self.reading += self.PACE * (extra - self.reading)
+
+
+def draftlike(rows: Any, sequences: int) -> Any:
+    """How much of a drafting step it is, 0 to 1. The first drafted rows make most of the
+    difference: a draft model has been at the caches, and rows are what the cost model knows."""
+    return 1.0 - np.exp(-SOON * (rows / sequences - 1.0))
 
 
 def nearest(table: dict[int, T], sequences: int) -> T:
