@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -139,7 +140,9 @@ def test_pulls_without_time_or_tokens_teach_nothing() -> None:
     assert arms.arms[0].pulls == 0
 
 
-def test_requests_share_what_their_class_has_learned() -> None:
+def test_requests_share_what_their_class_has_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    monkeypatch.setattr(bandit, "perf_counter", lambda: float(next(now)))
     target, context = pair()
     drafter = registry.create("drafter", "bandit:of=draft-model(tokens=3)+none", context)
     llm = LLM(target, draft=drafter, context=context)
