@@ -146,8 +146,10 @@ FT_API int64_t ft_stream(const void* data, int64_t bytes, int threads) {
         sums[j] += (v16i)load_u(p + b * 256 + j * 64);
       }
     const v16i all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    int32_t lanes[LANES];
+    store_i(lanes, all);
     int64_t mine = 0;
-    for (int i = 0; i < LANES; ++i) mine += all[i];
+    for (int i = 0; i < LANES; ++i) mine += lanes[i];
     total += mine;
   });
   return total.load();

@@ -78,9 +78,9 @@ FT_INLINE v16 sums(const v16* a) {
       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return (v16)_mm512_permutexvar_ps(order, s);
 #else
-  v16 out;
+  float out[LANES];
   for (int i = 0; i < LANES; ++i) out[i] = sum(a[i]);
-  return out;
+  return load(out);
 #endif
 }
 
@@ -178,7 +178,7 @@ FT_INLINE float soften(float* scores, int64_t n, float cap) {
     v16 s = load(scores + i);
     if (cap > 0.0f) {
       s = tanh(s / splat(cap)) * splat(cap);
-      for (int64_t lane = n - i; lane < LANES; ++lane) s[lane] = -INFINITY;
+      if (n - i < LANES) s = keep(s, n - i, -INFINITY);
       store(scores + i, s);
     }
     top = max(s, top);

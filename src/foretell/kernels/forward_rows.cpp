@@ -9,12 +9,12 @@ namespace ft {
 namespace {
 
 v16 table_row(const void* table, int64_t type, int64_t at, int64_t left) {
-  v16 v = splat(0.0f);
   if (left >= LANES) {
     if (type == TABLE_F32) return load((const float*)table + at);
     if (type == TABLE_BF16) return load_bf16((const uint16_t*)table + at);
     return load_half((const uint16_t*)table + at);
   }
+  float v[LANES] = {0};
   for (int64_t i = 0; i < left; ++i) {
     if (type == TABLE_F32)
       v[i] = ((const float*)table)[at + i];
@@ -23,7 +23,7 @@ v16 table_row(const void* table, int64_t type, int64_t at, int64_t left) {
     else
       v[i] = float_of_half(((const uint16_t*)table)[at + i]);
   }
-  return v;
+  return load(v);
 }
 
 }  // namespace

@@ -52,8 +52,7 @@ void norm_row(int kind, const NormWeights& w, const float* x, int64_t n, float e
   v16 squares = splat(0.0f);
   for (int64_t i = 0; i < padded; i += LANES) {
     v16 d = load(x + i) - mean;
-    if (i + LANES > n)
-      for (int64_t lane = n - i; lane < LANES; ++lane) d[lane] = 0.0f;
+    if (i + LANES > n) d = keep(d, n - i, 0.0f);
     squares = fma(d, d, squares);
   }
   const v16 scale = splat(1.0f / sqrtf(sum(squares) / (float)n + eps));

@@ -66,7 +66,8 @@ void quantise(const float* x, int64_t k, float scale, float lowest, float highes
     float part[LANES] = {0};
     const int64_t n = k - i < LANES ? k - i : LANES;
     memcpy(part, x + i, (size_t)n * 4);
-    const v16i r = to_int(nearest(load(part) / splat(scale), lowest, highest));
+    int32_t r[LANES];
+    store_i(r, to_int(nearest(load(part) / splat(scale), lowest, highest)));
     for (int64_t lane = 0; lane < n; ++lane) q[i + lane] = (int8_t)r[lane];
   }
 }

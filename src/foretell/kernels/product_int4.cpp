@@ -11,15 +11,10 @@ FT_INLINE v16i dot(v16i acc, v16u w, int32_t a) {
 #elif defined(FT_AVX2)
 // w <= 15: vpmaddubsw gives at most 15 * 127 * 2, far from saturating
 FT_INLINE v16i dot(v16i acc, v16u w, int32_t a) {
-  union U {
-    v16i v;
-    __m256i h[2];
-  } u{acc}, x{(v16i)w};
-  const __m256i b = _mm256_set1_epi32(a);
-  for (int i = 0; i < 2; ++i)
-    u.h[i] = _mm256_add_epi32(
-        u.h[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x.h[i], b), _mm256_set1_epi16(1)));
-  return u.v;
+  const __m256i b = _mm256_set1_epi32(a), one = _mm256_set1_epi16(1);
+  const __m256i x = _mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w.a, b), one);
+  const __m256i y = _mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w.b, b), one);
+  return acc + v16i{(reg_i)x, (reg_i)y};
 }
 #else
 FT_INLINE v16i dot(v16i acc, v16u w, int32_t a) {

@@ -28,16 +28,10 @@ FT_INLINE Weights weights(const uint8_t* p) {
   return r;
 }
 FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
-  union U {
-    v16i v;
-    __m256i h[2];
-  } u{acc};
-  const __m256i b = _mm256_set1_epi32(a);
-  for (int i = 0; i < 2; ++i) {
-    const __m256i pairs = _mm256_maddubs_epi16(w.size[i], _mm256_sign_epi8(b, w.w[i]));
-    u.h[i] = _mm256_add_epi32(u.h[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-  return u.v;
+  const __m256i b = _mm256_set1_epi32(a), one = _mm256_set1_epi16(1);
+  const __m256i x = _mm256_maddubs_epi16(w.size[0], _mm256_sign_epi8(b, w.w[0]));
+  const __m256i y = _mm256_maddubs_epi16(w.size[1], _mm256_sign_epi8(b, w.w[1]));
+  return acc + v16i{(reg_i)_mm256_madd_epi16(x, one), (reg_i)_mm256_madd_epi16(y, one)};
 }
 FT_INLINE v16i offset(int32_t) { return splat_i(0); }
 #else
@@ -63,7 +57,7 @@ FT_INLINE int32_t total(const int32_t* sums, int64_t blocks) {
   int64_t b = 0;
   for (; b + LANES <= blocks; b += LANES) all += (v16i)load_u(sums + b);
   int32_t parts[LANES];
-  memcpy(parts, &all, 64);
+  store_i(parts, all);
   int32_t s = 0;
   for (int i = 0; i < LANES; ++i) s += parts[i];
   for (; b < blocks; ++b) s += sums[b];
@@ -114,8 +108,8 @@ struct Tile {
     alignas(64) int32_t dots[R * PANEL];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      memcpy(dots + r * PANEL, &acc[r][0], 64);
-      memcpy(dots + r * PANEL + LANES, &acc[r][1], 64);
+      store_i(dots + r * PANEL, acc[r][0]);
+      store_i(dots + r * PANEL + LANES, acc[r][1]);
     }
     finish(row, R, dots);
   }

@@ -1,4 +1,6 @@
 // One row of activations to int8: a function of that row alone, the same on every instruction set.
+#include <algorithm>
+
 #include "matrix.h"
 #include "simd.h"
 
@@ -14,8 +16,9 @@ void quantise_row(const float* x, int64_t k, int64_t kp, int8_t* q, float* scale
     const v16i more = bits > top;
     top = (more & bits) | (~more & top);
   }
-  int32_t highest = 0;
-  for (int lane = 0; lane < LANES; ++lane) highest = top[lane] > highest ? top[lane] : highest;
+  int32_t lanes[LANES], highest = 0;
+  store_i(lanes, top);
+  for (int lane = 0; lane < LANES; ++lane) highest = std::max(highest, lanes[lane]);
   for (int64_t j = i; j < k; ++j) {
     int32_t bits;
     memcpy(&bits, x + j, 4);
@@ -45,13 +48,12 @@ void quantise_row(const float* x, int64_t k, int64_t kp, int8_t* q, float* scale
         v = load(rest);
       }
       const v16i r = to_int(round_even(v * inv));
-      typedef int8_t b16 __attribute__((vector_size(16)));
-      const b16 bytes = __builtin_convertvector(r, b16);
-      memcpy(q + at, &bytes, 16);
+      store_bytes(q + at, r);
       total += r;
     }
     int32_t s = 0;
-    for (int lane = 0; lane < LANES; ++lane) s += total[lane];
+    store_i(lanes, total);
+    for (int lane = 0; lane < LANES; ++lane) s += lanes[lane];
     sums[b / BLOCK] = s;
   }
 }

@@ -1,5 +1,5 @@
-// Vectors of 16 floats / 32-bit integers that mean the same on every instruction set: GCC and clang
-// split them where registers are shorter. Intrinsics only for what the compiler cannot say.
+// Vectors of 16 floats / 32-bit integers that mean the same on every instruction set: one register, or
+// pairs of them (wide.h). Intrinsics only for what the compiler cannot say.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -11,6 +11,8 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+
+#include "wide.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512DQ__) && defined(__AVX512VNNI__)
@@ -24,73 +26,87 @@
 #define FT_ISA_NAME "portable"
 #endif
 
-#define FT_INLINE inline __attribute__((always_inline))
-
 namespace ft {
 
 constexpr int LANES = 16;
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t v16i __attribute__((vector_size(64)));
-typedef uint32_t v16u __attribute__((vector_size(64)));
-typedef int8_t b64 __attribute__((vector_size(64)));
-typedef uint8_t ub64 __attribute__((vector_size(64)));
+#if defined(FT_AVX512)
+constexpr int REGISTER = 64;  // bytes
+#elif defined(FT_AVX2)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+typedef float reg __attribute__((vector_size(REGISTER)));
+typedef int32_t reg_i __attribute__((vector_size(REGISTER)));
+typedef uint32_t reg_u __attribute__((vector_size(REGISTER)));
+template <class R>
+using sixteen = std::conditional_t<REGISTER == 64, R,
+                                   std::conditional_t<REGISTER == 32, Pair<R>, Pair<Pair<R>>>>;
+typedef sixteen<reg> v16;
+typedef sixteen<reg_i> v16i;
+typedef sixteen<reg_u> v16u;
 
 // Unaligned loads and stores
-FT_INLINE v16 load(const float* p) {
-  v16 v;
-  memcpy(&v, p, 64);
-  return v;
-}
-FT_INLINE void store(float* p, v16 v) { memcpy(p, &v, 64); }
-FT_INLINE v16u load_u(const void* p) {
-  v16u v;
-  memcpy(&v, p, 64);
-  return v;
-}
-FT_INLINE v16 splat(float x) {
-  return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-}
-FT_INLINE v16i splat_i(int32_t x) {
-  return v16i{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+FT_INLINE v16 load(const float* p) { return Memory<v16>::load(p); }
+FT_INLINE void store(float* p, v16 v) { Memory<v16>::store(p, v); }
+FT_INLINE v16i load_i(const int32_t* p) { return Memory<v16i>::load(p); }
+FT_INLINE void store_i(int32_t* p, v16i v) { Memory<v16i>::store(p, v); }
+FT_INLINE v16u load_u(const void* p) { return Memory<v16u>::load(p); }
+FT_INLINE v16 splat(float x) { return Splat<v16>::of(x); }
+FT_INLINE v16i splat_i(int32_t x) { return Splat<v16i>::of(x); }
+// The first `n` lanes, then `rest`
+FT_INLINE v16 keep(v16 v, int64_t n, float rest) {
+  float part[LANES];
+  store(part, v);
+  for (int64_t i = n; i < LANES; ++i) part[i] = rest;
+  return load(part);
 }
 FT_INLINE v16 as_float(v16i v) { return (v16)v; }
 FT_INLINE v16 as_float(v16u v) { return (v16)v; }
 FT_INLINE v16i as_int(v16 v) { return (v16i)v; }
-FT_INLINE v16 to_float(v16i v) { return __builtin_convertvector(v, v16); }
-FT_INLINE v16i to_int(v16 v) { return __builtin_convertvector(v, v16i); }  // towards zero
+
+// Of one register; those of sixteen numbers follow.
+FT_INLINE reg to_float(reg_i v) { return __builtin_convertvector(v, reg); }
+FT_INLINE reg_i to_int(reg v) { return __builtin_convertvector(v, reg_i); }  // towards zero
 
 // a * b + c. One rounding with AVX512, AVX2 and NEON, two in the portable x86 build.
-FT_INLINE v16 fma(v16 a, v16 b, v16 c) {
+FT_INLINE reg fma(reg a, reg b, reg c) {
 #if defined(FT_AVX512)
-  return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return (reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(FT_AVX2)
-  union U {
-    v16 v;
-    __m256 h[2];
-  } x{a}, y{b}, z{c};
-  z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
-  z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
-  return z.v;
+  return (reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-  union U {
-    v16 v;
-    float32x4_t h[4];
-  } x{a}, y{b}, z{c};
-  for (int i = 0; i < 4; ++i) z.h[i] = vfmaq_f32(z.h[i], x.h[i], y.h[i]);
-  return z.v;
+  return (reg)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
 
 // a * b + c with one rounding everywhere (slow in the portable x86 build: a call per element)
-FT_INLINE v16 fma_exact(v16 a, v16 b, v16 c) {
+FT_INLINE reg fma_exact(reg a, reg b, reg c) {
 #if defined(FT_PORTABLE) && !defined(__aarch64__)
-  for (int i = 0; i < LANES; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+  for (int i = 0; i < REGISTER / 4; ++i) c[i] = fmaf(a[i], b[i], c[i]);
   return c;
 #else
   return fma(a, b, c);
 #endif
+}
+
+template <class H>
+FT_INLINE auto to_float(const Pair<H>& v) {
+  return pair(to_float(v.a), to_float(v.b));
+}
+template <class H>
+FT_INLINE auto to_int(const Pair<H>& v) {
+  return pair(to_int(v.a), to_int(v.b));
+}
+template <class H>
+FT_INLINE Pair<H> fma(const Pair<H>& a, const Pair<H>& b, const Pair<H>& c) {
+  return {fma(a.a, b.a, c.a), fma(a.b, b.b, c.b)};
+}
+template <class H>
+FT_INLINE Pair<H> fma_exact(const Pair<H>& a, const Pair<H>& b, const Pair<H>& c) {
+  return {fma_exact(a.a, b.a, c.a), fma_exact(a.b, b.b, c.b)};
 }
 
 FT_INLINE v16 select(v16i mask, v16 yes, v16 no) {  // mask: 0 or -1 per lane, as comparisons give
@@ -107,15 +123,15 @@ FT_INLINE v16 round_even(v16 x) {
 
 // Horizontal sums and maxima, always as a tree over lanes: (0,8), (0,4), (0,2), (0,1).
 FT_INLINE float sum(v16 v) {
-  float a[16];
-  memcpy(a, &v, 64);
+  float a[LANES];
+  store(a, v);
   for (int w = 8; w; w >>= 1)
     for (int i = 0; i < w; ++i) a[i] += a[i + w];
   return a[0];
 }
 FT_INLINE float maximum(v16 v) {
-  float a[16];
-  memcpy(a, &v, 64);
+  float a[LANES];
+  store(a, v);
   for (int w = 8; w; w >>= 1)
     for (int i = 0; i < w; ++i) a[i] = a[i] > a[i + w] ? a[i] : a[i + w];
   return a[0];
@@ -123,23 +139,24 @@ FT_INLINE float maximum(v16 v) {
 
 // 16 bfloat16 <-> 16 float (to bfloat16: nearest, halves to even; NaN stays NaN)
 FT_INLINE v16 load_bf16(const uint16_t* p) {
-#if defined(FT_AVX512)  // the compiler widens in halves
+#if defined(FT_AVX512)
   return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(FT_AVX2)
+  const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1));
+  return {(reg)_mm256_slli_epi32(a, 16), (reg)_mm256_slli_epi32(b, 16)};
 #else
-  typedef uint16_t h16 __attribute__((vector_size(32)));
-  h16 h;
-  memcpy(&h, p, 32);
-  return (v16)(__builtin_convertvector(h, v16u) << 16);
+  uint32_t wide[LANES];
+  for (int i = 0; i < LANES; ++i) wide[i] = (uint32_t)p[i] << 16;
+  return as_float(load_u(wide));
 #endif
 }
 FT_INLINE void store_bf16(uint16_t* p, v16 v) {
-  typedef uint16_t h16 __attribute__((vector_size(32)));
-  v16u b = (v16u)v;
-  v16u r = (b + (((b >> 16) & 1) + 0x7fff)) >> 16;
-  v16u nan = (v16u)(v != v);
-  r = (nan & ((b >> 16) | 64)) | (~nan & r);
-  h16 h = __builtin_convertvector(r, h16);
-  memcpy(p, &h, 32);
+  const v16u b = (v16u)v, nan = (v16u)(v != v);
+  const v16u r = (b + (((b >> 16) & 1) + 0x7fff)) >> 16;
+  uint32_t wide[LANES];
+  Memory<v16u>::store(wide, (nan & ((b >> 16) | 64)) | (~nan & r));
+  for (int i = 0; i < LANES; ++i) p[i] = (uint16_t)wide[i];
 }
 FT_INLINE uint16_t bf16_of(float x) {
   uint32_t b;
@@ -174,17 +191,28 @@ FT_INLINE v16 load_half(const uint16_t* p) {
 #if defined(FT_AVX512)
   return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(FT_AVX2)
-  union U {
-    v16 v;
-    __m256 h[2];
-  } z;
-  z.h[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  z.h[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
-  return z.v;
+  return {(reg)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          (reg)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 #else
-  v16 v;
-  for (int i = 0; i < LANES; ++i) v[i] = float_of_half(p[i]);
-  return v;
+  float wide[LANES];
+  for (int i = 0; i < LANES; ++i) wide[i] = float_of_half(p[i]);
+  return load(wide);
+#endif
+}
+
+// Integers within -127..127 as bytes
+FT_INLINE void store_bytes(int8_t* p, v16i v) {
+#if defined(FT_AVX512)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(FT_AVX2)
+  const __m256i words = _mm256_packs_epi32((__m256i)v.a, (__m256i)v.b);  // in halves of each
+  const __m256i sorted = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i low = _mm256_castsi256_si128(sorted), high = _mm256_extracti128_si256(sorted, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(low, high));
+#else
+  int32_t wide[LANES];
+  store_i(wide, v);
+  for (int i = 0; i < LANES; ++i) p[i] = (int8_t)wide[i];
 #endif
 }
 
