@@ -32,26 +32,40 @@ void panel_bf16(const Matrix& m, const uint8_t* panel, const Rows& rows, const O
 void panel_int8(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out);
 void panel_int4(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out);
 
-// What one pass over a panel asks for on the way, for every 128 bytes of the panel it reads: two
-// lines of what comes next in the stream, and one of `far`.
-struct Ahead {
-  const uint8_t* stream;
+// Of the panel after this one every pass asks for a share, so that memory works all the time: for
+// every 128 bytes of the panel it reads, for the line `stride` bytes further on.
+struct Next {
   const uint8_t* far;
+  int64_t stride;
+  FT_INLINE void ask(int64_t step) const { prefetch(far + step * stride); }
+  FT_INLINE void skip(int64_t bytes) { far += bytes * stride / 128; }
+};
+
+// The first pass brings the panel in, and asks as well for two lines of what comes next in the stream.
+struct Ahead {
+  Next next;
+  const uint8_t* stream;
   FT_INLINE void ask(int64_t step) const {
     prefetch(stream + AHEAD + step * 128);
     prefetch(stream + AHEAD + step * 128 + 64);
     prefetch_l1(stream + AHEAD_L1 + step * 128);
     prefetch_l1(stream + AHEAD_L1 + step * 128 + 64);
-    prefetch(far + step * 64);
+    next.ask(step);
+  }
+  FT_INLINE void skip(int64_t bytes) {
+    next.skip(bytes);
+    stream += bytes;
   }
 };
 
-// Pass `tile` of `tiles` over a panel. The first brings the panel in. Where there are more, memory
-// would lie idle during the others: the first two fetch half of the next panel each.
-FT_INLINE Ahead ahead_of(const uint8_t* panel, int64_t bytes, int64_t tile, int64_t tiles) {
-  const uint8_t* next = panel + bytes;
-  if (tile == 0) return Ahead{panel, tiles > 1 ? next : panel};
-  return Ahead{panel, tile == 1 ? next + bytes / 2 : panel};
+// f(ahead) for pass `tile` of `tiles` over a panel.
+template <class F>
+FT_INLINE void with_ahead(const uint8_t* panel, int64_t bytes, int64_t tile, int64_t tiles,
+                          const F& f) {
+  if (tiles == 1) return f(Ahead{Next{panel, 64}, panel});
+  const Next next{panel + bytes + bytes * tile / tiles, 128 / tiles};
+  if (tile < 2) return f(Ahead{next, panel});
+  f(next);
 }
 
 // Rows of a tile of the integer products, and four activations as one word

@@ -6,12 +6,16 @@ namespace {
 
 #if defined(FT_AVX512)
 constexpr int HEIGHT = 8;  // 16 accumulators, 2 weights, 1 activation of 32 registers
+constexpr int HEIGHT_BF16 = 8;
 #elif defined(__aarch64__)
 constexpr int HEIGHT = 2;
+constexpr int HEIGHT_BF16 = 2;
 #elif defined(FT_AVX2)
-constexpr int HEIGHT = 3;
+constexpr int HEIGHT = 3;       // 12 accumulators of 16 registers
+constexpr int HEIGHT_BF16 = 2;  // 8, and the halves of a pair
 #else
 constexpr int HEIGHT = 1;
+constexpr int HEIGHT_BF16 = 1;
 #endif
 // Inputs per block when there are many rows: a block of a panel as floats is 16 KB, which stays in
 // L1, beside the activations, while the tiles pass over it. Accumulators wait in `sums` between
@@ -54,9 +58,9 @@ FT_INLINE void chain_f32(v16 (&acc)[R][2], const float* w, const float* x, int64
 }
 
 // The same over pairs of bfloat16: the low half of a word is the even input, the high half the odd
-template <int R>
+template <int R, class A>
 FT_INLINE void chain_bf16(v16 (&acc)[R][2], const uint8_t* w, const float* x, int64_t ld,
-                          int64_t depth, const Ahead& ahead) {
+                          int64_t depth, const A& ahead) {
   const v16u high = (v16u)splat_i((int32_t)0xffff0000);
   for (int64_t i = 0; i + 1 < depth; i += 2, w += 128) {
     ahead.ask(i / 2);
@@ -96,8 +100,9 @@ struct WholeF32 {
   FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 acc[R][2];
     load_sums<R>(acc, nullptr);
-    chain_f32<R>(acc, (const float*)panel, rows.x + row * rows.ld, rows.ld, k,
-                 ahead_of(panel, k * PANEL * 4, tile, tiles));
+    with_ahead(panel, k * PANEL * 4, tile, tiles, [&](const auto& ahead) FT_LAMBDA {
+      chain_f32<R>(acc, (const float*)panel, rows.x + row * rows.ld, rows.ld, k, ahead);
+    });
     alignas(64) float y[R * PANEL];
     save_sums<R>(acc, y);
     deliver(out, row, R, y);
@@ -113,8 +118,9 @@ struct WholeBF16 {
   FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16 acc[R][2];
     load_sums<R>(acc, nullptr);
-    chain_bf16<R>(acc, panel, rows.x + row * rows.ld, rows.ld, k,
-                  ahead_of(panel, (k + 1) / 2 * 128, tile, tiles));
+    with_ahead(panel, (k + 1) / 2 * 128, tile, tiles, [&](const auto& ahead) FT_LAMBDA {
+      chain_bf16<R>(acc, panel, rows.x + row * rows.ld, rows.ld, k, ahead);
+    });
     alignas(64) float y[R * PANEL];
     save_sums<R>(acc, y);
     deliver(out, row, R, y);
@@ -144,7 +150,9 @@ struct Block {
     if constexpr (NARROW)
       chain_f32<R>(acc, w, from, ld, depth, NextBlock{tile ? source : source + bytes});
     else
-      chain_f32<R>(acc, w, from, ld, depth, ahead_of(source, bytes, tile, tiles));
+      with_ahead(source, bytes, tile, tiles, [&](const auto& ahead) FT_LAMBDA {
+        chain_f32<R>(acc, w, from, ld, depth, ahead);
+      });
     save_sums<R>(acc, sums + row * PANEL);
   }
 };
@@ -194,8 +202,8 @@ void panel_f32(const Matrix& m, const uint8_t* panel, const Rows& rows, const Ou
 
 void panel_bf16(const Matrix& m, const uint8_t* panel, const Rows& rows, const Out& out) {
   // Two passes unpack the words again, which costs less than a block of floats in between.
-  if (rows.rows > 2 * HEIGHT) return blocked<true>(m, panel, rows, out);
-  each_tile<HEIGHT>(rows.rows, WholeBF16{panel, rows, out, m.k});
+  if (rows.rows > 2 * HEIGHT_BF16) return blocked<true>(m, panel, rows, out);
+  each_tile<HEIGHT_BF16>(rows.rows, WholeBF16{panel, rows, out, m.k});
 }
 
 }  // namespace ft

@@ -1,9 +1,11 @@
 // INT8: exact integer sums over k; weights are unsigned bytes (w + 128), activations signed.
+#include "integers_avx2.h"
 #include "product.h"
 
 namespace ft {
 namespace {
 
+#if !defined(FT_AVX2)
 #if defined(FT_AVX512)
 typedef v16u Weights;  // 16 outputs x 4 inputs
 FT_INLINE Weights weights(const uint8_t* p) { return load_u(p); }
@@ -11,29 +13,6 @@ FT_INLINE Weights weights(const uint8_t* p) { return load_u(p); }
 FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
   return (v16i)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
 }
-// What unsigned weights add to every output of a row
-FT_INLINE v16i offset(int32_t row_sum) { return splat_i(-128 * row_sum); }
-#elif defined(FT_AVX2)
-// vpmaddubsw saturates at 16 bits: 255 * 127 * 2 does not fit, 128 * 127 * 2 does. So multiply
-// |w| <= 128 (unsigned) by a with the sign of w.
-struct Weights {
-  __m256i w[2], size[2];
-};
-FT_INLINE Weights weights(const uint8_t* p) {
-  Weights r;
-  for (int i = 0; i < 2; ++i) {
-    r.w[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p + i), _mm256_set1_epi8(-128));
-    r.size[i] = _mm256_abs_epi8(r.w[i]);
-  }
-  return r;
-}
-FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
-  const __m256i b = _mm256_set1_epi32(a), one = _mm256_set1_epi16(1);
-  const __m256i x = _mm256_maddubs_epi16(w.size[0], _mm256_sign_epi8(b, w.w[0]));
-  const __m256i y = _mm256_maddubs_epi16(w.size[1], _mm256_sign_epi8(b, w.w[1]));
-  return acc + v16i{(reg_i)_mm256_madd_epi16(x, one), (reg_i)_mm256_madd_epi16(y, one)};
-}
-FT_INLINE v16i offset(int32_t) { return splat_i(0); }
 #else
 struct Weights {
   v16i w[4];  // input i of 16 outputs
@@ -48,8 +27,27 @@ FT_INLINE v16i dot(v16i acc, const Weights& w, int32_t a) {
   for (int i = 0; i < 4; ++i) acc += w.w[i] * (int32_t)(int8_t)((uint32_t)a >> (8 * i));
   return acc;
 }
-FT_INLINE v16i offset(int32_t row_sum) { return splat_i(-128 * row_sum); }
 #endif
+
+// acc[r] += w * q over kp inputs from `p` and `q` on
+template <int R, class A>
+FT_INLINE void chain_int8(v16i (&acc)[R][2], const uint8_t* p, const int8_t* q, int64_t ldq,
+                          int64_t kp, const A& ahead) {
+  for (int64_t i = 0; i < kp; i += 4, p += 4 * PANEL) {
+    ahead.ask(i / 4);
+    const Weights w0 = weights(p), w1 = weights(p + 64);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const int32_t a = four(q + r * ldq + i);
+      acc[r][0] = dot(acc[r][0], w0, a);
+      acc[r][1] = dot(acc[r][1], w1, a);
+    }
+  }
+}
+#endif
+
+// What unsigned weights add to every output of a row
+FT_INLINE v16i offset(int32_t row_sum) { return splat_i(-128 * row_sum); }
 
 // Of one row, again for every panel: as vectors it costs next to nothing
 FT_INLINE int32_t total(const int32_t* sums, int64_t blocks) {
@@ -82,29 +80,15 @@ struct Tile {
   }
 
   template <int R>
-  FT_INLINE void sum(v16i (&acc)[R][2], const int8_t* q, const Ahead& ahead) const {
-    const uint8_t* p = panel;
-    const int64_t ldq = rows.ldq;
-    for (int64_t i = 0; i < m.kp; i += 4, p += 4 * PANEL) {
-      ahead.ask(i / 4);
-      const Weights w0 = weights(p), w1 = weights(p + 64);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const int32_t a = four(q + r * ldq + i);
-        acc[r][0] = dot(acc[r][0], w0, a);
-        acc[r][1] = dot(acc[r][1], w1, a);
-      }
-    }
-  }
-
-  template <int R>
   FT_INLINE void run(int64_t row, int64_t tile, int64_t tiles) const {
     v16i acc[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       acc[r][0] = acc[r][1] = offset(total(rows.sums + (row + r) * rows.lds, m.kp / BLOCK));
     }
-    sum<R>(acc, rows.q + row * rows.ldq, ahead_of(panel, m.panel_bytes, tile, tiles));
+    with_ahead(panel, m.panel_bytes, tile, tiles, [&](const auto& ahead) FT_LAMBDA {
+      chain_int8<R>(acc, panel, rows.q + row * rows.ldq, rows.ldq, m.kp, ahead);
+    });
     alignas(64) int32_t dots[R * PANEL];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #define FT_INLINE inline __attribute__((always_inline))
+#define FT_LAMBDA __attribute__((always_inline))
 
 namespace ft {
 
