@@ -10,6 +10,11 @@
 namespace ft {
 namespace {
 
+#if defined(FT_AVX512)
+constexpr int SUMS = 16;  // vectors of weighted values that are held in registers
+#else
+constexpr int SUMS = 4;
+#endif
 constexpr int64_t SPAN = 64;  // keys that are brought into the first-level cache at a time
 
 // Brings rows of keys or values to [count][padded D] floats; returns where they are (the cache
@@ -55,7 +60,9 @@ struct Loader {
   }
 };
 
-// Sixteen vectors -> their sums, each by the tree of simd.h: lanes (0,8), (0,4), (0,2), (0,1).
+// Sixteen vectors -> their sums, each by the tree of simd.h: lanes (0,8), (0,4), (0,2), (0,1). (With
+// AVX2 `pairs` does it, by the same tree.)
+#if !defined(FT_AVX2)
 FT_INLINE v16 sums(const v16* a) {
 #if defined(FT_AVX512)
   __m512 s8[8], s4[4], s2[2];
@@ -83,6 +90,58 @@ FT_INLINE v16 sums(const v16* a) {
   return load(out);
 #endif
 }
+#endif
+
+// s[a * NK + i] = the product of query a and key i, of NQ * NK = 16 pairs
+template <int NQ>
+FT_INLINE void pairs(const float* q, int64_t padded, const float* const* key, float* s) {
+  constexpr int NK = LANES / NQ;
+#if defined(FT_AVX2)
+  constexpr int ONCE = 4;  // sums fit the registers
+  __m256 s8[LANES];
+#pragma GCC unroll 16
+  for (int at = 0; at < LANES; at += ONCE) {
+    v16 acc[ONCE];
+#pragma GCC unroll 16
+    for (int i = 0; i < ONCE; ++i) acc[i] = splat(0.0f);
+    for (int64_t d = 0; d < padded; d += LANES)
+#pragma GCC unroll 16
+      for (int i = 0; i < ONCE; ++i)
+        acc[i] = fma(load(q + (at + i) / NK * padded + d), load(key[(at + i) % NK] + d), acc[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < ONCE; ++i) s8[at + i] = (__m256)(acc[i].a + acc[i].b);
+  }
+#pragma GCC unroll 16
+  for (int at = 0; at < LANES; at += 8) {
+    __m256 s4[4], s2[2];
+    for (int i = 0; i < 4; ++i) {  // 128-bit blocks: pairs 2i and 2i + 1
+      const __m256 x = s8[at + 2 * i], y = s8[at + 2 * i + 1];
+      s4[i] = _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+    }
+    for (int i = 0; i < 2; ++i) {  // block b: [4i + b, same, 4i + 2 + b, same]
+      const __m256 x = s4[2 * i], y = s4[2 * i + 1];
+      s2[i] = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xEE));
+    }
+    const __m256 one = _mm256_add_ps(_mm256_shuffle_ps(s2[0], s2[1], 0x88),
+                                     _mm256_shuffle_ps(s2[0], s2[1], 0xDD));
+    // lane 4b + j now holds pair 2j + b
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_ps(s + at, _mm256_permutevar8x32_ps(one, order));
+  }
+#else
+  v16 acc[LANES];
+  for (int i = 0; i < LANES; ++i) acc[i] = splat(0.0f);
+  for (int64_t d = 0; d < padded; d += LANES) {
+    v16 x[NQ];
+    for (int a = 0; a < NQ; ++a) x[a] = load(q + a * padded + d);
+    for (int i = 0; i < NK; ++i) {
+      const v16 y = load(key[i] + d);
+      for (int a = 0; a < NQ; ++a) acc[a * NK + i] = fma(x[a], y, acc[a * NK + i]);
+    }
+  }
+  store(s, sums(acc));
+#endif
+}
 
 // Scores of NQ queries against NK = 16 / NQ keys at a time; the last group repeats its last key.
 template <int NQ>
@@ -92,18 +151,8 @@ FT_INLINE void dots(const float* q, int64_t padded, const float* k, int64_t stri
   for (int64_t j = 0; j < count; j += NK) {
     const float* key[NK];
     for (int i = 0; i < NK; ++i) key[i] = k + (j + i < count ? j + i : count - 1) * stride;
-    v16 acc[LANES];
-    for (int i = 0; i < LANES; ++i) acc[i] = splat(0.0f);
-    for (int64_t d = 0; d < padded; d += LANES) {
-      v16 x[NQ];
-      for (int a = 0; a < NQ; ++a) x[a] = load(q + a * padded + d);
-      for (int i = 0; i < NK; ++i) {
-        const v16 y = load(key[i] + d);
-        for (int a = 0; a < NQ; ++a) acc[a * NK + i] = fma(x[a], y, acc[a * NK + i]);
-      }
-    }
     alignas(64) float s[LANES];
-    store(s, sums(acc));
+    pairs<NQ>(q, padded, key, s);
     if (j + NK <= count) {
       for (int a = 0; a < NQ; ++a) memcpy(scores + a * lds + j, s + a * NK, NK * 4);
     } else {
@@ -148,13 +197,14 @@ template <int NQ>
 FT_INLINE void weigh_rows(const float* p, int64_t ldp, const float* v, int64_t stride,
                           int64_t count, float* acc, int64_t padded) {
   int64_t d = 0;
-  for (; d + 4 * LANES <= padded; d += 4 * LANES)
-    weigh_tile<NQ, 4>(p, ldp, v + d, stride, count, acc + d, padded);
-  if (d + 2 * LANES <= padded) {
-    weigh_tile<NQ, 2>(p, ldp, v + d, stride, count, acc + d, padded);
-    d += 2 * LANES;
-  }
-  if (d < padded) weigh_tile<NQ, 1>(p, ldp, v + d, stride, count, acc + d, padded);
+  if constexpr (NQ * 4 <= SUMS)
+    for (; d + 4 * LANES <= padded; d += 4 * LANES)
+      weigh_tile<NQ, 4>(p, ldp, v + d, stride, count, acc + d, padded);
+  if constexpr (NQ * 2 <= SUMS)
+    for (; d + 2 * LANES <= padded; d += 2 * LANES)
+      weigh_tile<NQ, 2>(p, ldp, v + d, stride, count, acc + d, padded);
+  for (; d < padded; d += LANES)
+    weigh_tile<NQ, 1>(p, ldp, v + d, stride, count, acc + d, padded);
 }
 
 FT_INLINE void weigh(const float* p, int64_t ldp, int64_t group, const float* v, int64_t stride,
