@@ -62,8 +62,8 @@ struct Ahead {
 template <class F>
 FT_INLINE void with_ahead(const uint8_t* panel, int64_t bytes, int64_t tile, int64_t tiles,
                           const F& f) {
-  if (tiles == 1) return f(Ahead{Next{panel, 64}, panel});
-  const Next next{panel + bytes + bytes * tile / tiles, 128 / tiles};
+  Next next{panel, 64};
+  if (tiles > 1) next = Next{panel + bytes + bytes * tile / tiles, 128 / tiles};
   if (tile < 2) return f(Ahead{next, panel});
   f(next);
 }
