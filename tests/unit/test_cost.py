@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from foretell import LLM, kernels
 from foretell.engine.cost import MeasuredCost, identity
 from foretell.engine.curve import Curve, ForwardTimer, _rising, medians
 from foretell.models.native.arch import Arch
@@ -107,6 +108,18 @@ def test_another_dtype_or_thread_count_is_another_machine(model: NativeModel) ->
         assert identity(model) != name
     finally:
         torch.set_num_threads(before)
+
+
+def test_other_kernels_are_another_machine() -> None:
+    """A curve measured before the kernels changed must not choose for those of today."""
+    llm = LLM.load()
+    model, name = llm.model, identity(llm.model)
+    library = kernels.load()
+    if library is None:
+        pytest.skip("no kernels on this machine")
+    assert model.build == library.build
+    model.build = "elsewhere/avx2.so"
+    assert identity(model) != name
 
 
 def test_the_timer_leaves_the_caches_as_they_were(model: NativeModel) -> None:

@@ -126,13 +126,14 @@ def _bucket(rows: int) -> int:
 
 
 def identity(model: TargetModel) -> str:
-    """A name for this model's shape and arithmetic on this machine."""
+    """A name for this model's shape and arithmetic, and what does it, on this machine."""
     spec = model.spec
     kind = getattr(model, "format", None) or getattr(model, "dtype", "")
     parts = [
         type(model).__name__, str(kind), spec.vocab, spec.hidden, spec.layers, spec.row_bytes,
         spec.weight_bytes, str(model.device), torch.get_num_threads(), torch.__version__,
         platform.machine(), processor(model.device), os.environ.get("FORETELL_KERNELS", ""),
+        getattr(model, "build", ""),
     ]  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 

@@ -111,6 +111,11 @@ class Library:
             function.restype, function.argtypes = result, list(arguments)
         self.isa: str = self.cdll.ft_isa().decode()
 
+    @property
+    def build(self) -> str:
+        """A name of what was compiled, and of how: other sources are another build."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
     # threads ---------------------------------------------------------------------------------
     @property
     def threads(self) -> int:

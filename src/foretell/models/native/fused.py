@@ -85,6 +85,7 @@ class FusedModel:
         self.kind = kind
         self.threads = 0  # as many as torch has
         self._cdll = _declare(library)
+        self.build = library.build
         self.race, self.topk = library.race, library.topk  # core/protocols.py, `Races`, `Ranks`
         with torch.inference_mode():
             packer = Packer(arch, names, source, kind, library)
