@@ -260,6 +260,28 @@ def test_looking_is_paid_for() -> None:
     assert EAGER < bursts <= EAGER + 2 + SHARE * 2000 / 0.5
 
 
+def test_looks_get_rarer_until_another_takes_the_lead() -> None:
+    def looks(watch: Watch, *spent: float) -> int:
+        count, leader = 0, watch.leader
+        for _ in range(3000):
+            if watch.leader != leader:
+                break
+            if watch.due(SPREAD):
+                watch.begin(0, 0)
+                watch.looked(0.5)
+                watch.saw(burst(*spent))
+                count += 1
+            watch.earned(1.0)
+        return count
+
+    watch = Watch(2)
+    first, later, late = (looks(watch, 1.0, 2.0) for _ in range(3))
+    assert SHARE * 3000 / 0.5 > first > 1.5 * later >= 1.5 * late > 10
+    looks(watch, 2.0, 1.0)
+    assert watch.leader == 1
+    assert looks(watch, 2.0, 1.0) > 1.5 * late
+
+
 def burst(*seconds: float) -> Burst:
     return Burst(0, [Walk(10, spent=s) for s in seconds], 0, STEPS, 10)
 

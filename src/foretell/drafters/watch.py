@@ -11,6 +11,8 @@ APART = 0.618  # eager bursts begin at this multiple of `SPREAD` steps of a text
 SPREAD = 24
 PROOF = 3  # bursts before the first drafter is left
 SHARE = 0.02  # of the time decoded, what looking may take
+CALM = 8  # bursts with the same leader after which it may take half of that
+RAREST = 0.2  # of `SHARE`, what it may take in any case
 MEMORY = 16.0  # bursts that count; older ones fade
 MARGIN = 0.02  # by how much another has to be better
 SURE = 0.5  # and by how many standard errors of that
@@ -29,7 +31,8 @@ class Watch:
     it. What a step takes is modelled (its drafting, measured, and the forward by the cost model);
     how far that is off is learnt of every drafter when it plays.
 
-    The first `EAGER` bursts are for nothing; later ones are paid from `SHARE` of the time. In
+    The first `EAGER` bursts are for nothing; later ones are paid from `SHARE` of the time, and from
+    less while they show nothing new. In
     simulation (tests/unit/test_watch.py) up to 3 % is lost over 600 steps against the best of four
     drafters, most of it before the first bursts are judged.
     """
@@ -42,6 +45,7 @@ class Watch:
     steps: list[int] = field(init=False)  # that it played, as far as they count
     bursts: int = 0
     judged: int = 0
+    calm: int = 0  # bursts since another drafter took the lead
     leader: int = 0  # who plays
     credit: float = 0.0  # seconds that looking may take
 
@@ -84,7 +88,7 @@ class Watch:
         best, lead = min(range(self.count), key=self.takes), self.leader
         saved = self.takes(lead) - self.takes(best)
         if saved > MARGIN * self.takes(best) + SURE * self.spread[best][lead] ** 0.5:
-            self.leader = best
+            self.leader, self.calm = best, 0
 
     def begin(self, player: int, at: int) -> Burst:
         self.bursts += 1
@@ -98,6 +102,7 @@ class Watch:
     def saw(self, burst: Burst) -> None:
         """A burst that is judged."""
         self.judged += 1
+        self.calm += 1
         keep, spent = 1 - 1 / MEMORY, burst.seconds()
         self.tokens = keep * self.tokens + burst.end - burst.start
         for i, seconds in enumerate(spent):
@@ -112,7 +117,8 @@ class Watch:
 
     def earned(self, seconds: float) -> None:
         """A step took so long: part of it may be spent on looking."""
-        self.credit = min(self.credit + SHARE * seconds, seconds)
+        share = SHARE * max(RAREST, CALM / (CALM + self.calm))
+        self.credit = min(self.credit + share * seconds, seconds)
 
     def took(self, arm: int, modelled: float, seconds: float) -> None:
         """A step of `arm` took so long."""
