@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.errors import InputError
+from foretell.models.native import exact
 from foretell.models.native.arch import Arch, LayerArch, Rope
 from foretell.models.native.exact import FloatRows, in_pieces, normed, row_sums
 from foretell.models.native.integer import IntegerProducts, QWeight, widened
@@ -197,6 +198,18 @@ def test_a_tree_leaves_its_rows_where_they_were(kind: Any) -> None:
         row = Segment(np.array([11]), np.array([2]))
         got = model.forward(PackedBatch([row]), txn).logits
     assert torch.equal(got, text_logits(model, np.array([7, 8, 11]), 3)[2:])
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_products_get_one_thread_where_threads_change_them(
+    agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "threads_agree", lambda threads: agree)
+    torch.set_num_threads(2)
+    with pytest.raises(ValueError, match="inside"), exact.alike():
+        assert torch.get_num_threads() == (2 if agree else 1)
+        raise ValueError("inside")
+    assert torch.get_num_threads() == 2
 
 
 def test_float_rows_settle_for_what_the_machine_allows() -> None:

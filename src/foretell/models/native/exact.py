@@ -9,12 +9,16 @@ several:
   whole vectors (`in_pieces`);
 * norms use row sums of one fixed order and operations of one rounding each;
 * attention runs row by row over that row's own keys in path order (`Walk`);
-* float products run in blocks of which this machine shows that rows come out alike (`FloatRows`).
+* float products run in blocks of which this machine shows that rows come out alike (`FloatRows`);
+* where the matrix library rounds otherwise on several threads, it gets one (`alike`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -27,6 +31,8 @@ PIECE = 1 << 14  # numbers: half of what torch begins to share out among threads
 VECTOR = 64  # numbers: a multiple of what one turn of a vector loop takes on any processor
 INNER = 512  # inputs of one product: more, and the library may cut them by the number of threads
 HEIGHTS = (64, 16, 4)  # rows of one product, the largest that this machine allows
+LEASTS = (2, 4)  # and the fewest: few rows, and above all one alone, may take another kernel
+WIDTH = 8  # outputs of one product, or a multiple: a narrow rest may take another one as well
 
 
 def in_pieces(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -41,6 +47,41 @@ def in_pieces(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
         return padded[:count].view(x.shape)
 
     return run
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Float products inside are what they are on one thread."""
+    threads = torch.get_num_threads()
+    if threads == 1 or threads_agree(threads):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=8)
+def threads_agree(threads: int) -> bool:
+    """Whether products of many shapes are the same to the last bit on one thread and on so many. (A
+    library may cut them into shapes for which it has other kernels: MKL does on processors that are
+    not Intel's.)"""
+    before = torch.get_num_threads()
+    g = torch.Generator().manual_seed(0)
+    try:
+        for t, inner, outer in product((4, 7, 17, 64), (16, 64, 100, 512), (8, 32, 96, 160, 1024)):
+            x, w = torch.randn(t, inner, generator=g), torch.randn(inner, outer, generator=g)
+            found = []
+            for count in (1, threads):
+                torch.set_num_threads(count)
+                found.append(torch.zeros(t, outer).addmm_(x, w))
+            if not torch.equal(*found):
+                return False
+    finally:
+        torch.set_num_threads(before)
+    return True
 
 
 def row_sums(x: Tensor) -> Tensor:
@@ -150,27 +191,27 @@ class Walk:
 class FloatRows:
     """x @ w for float weights [in, out] on a CPU, rows independent of one another.
 
-    The library's kernel may depend on the number of rows. `settle` finds, on the real matrices, the
-    largest block of rows within which they come out alike in every number and place; one row at a
-    time always does.
+    The library's kernel may depend on the number of rows (and, of a row alone, on where it lies in
+    memory). `settle` finds, on the real matrices, the largest block of rows within which they come
+    out alike in every number, from `least` on, and place; fewer are filled up with zeros.
     """
 
     def __init__(self, dtype: torch.dtype, buffer: int = 160 * 1024, columns: int = 8192) -> None:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.dtype, self.buffer, self.columns = dtype, buffer, columns
-        self.height = HEIGHTS[0]
+        self.height, self.least = HEIGHTS[0], LEASTS[0]
 
     def settle(self, weights: Sequence[Tensor]) -> None:
         """Try the matrices of a model and keep the largest height they all allow."""
         g = torch.Generator().manual_seed(0)
         seen: dict[tuple[int, ...], Tensor] = {tuple(w.shape): w for w in weights}
-        for self.height in (*HEIGHTS, 1):
-            if all(self._alike(w, g) for w in seen.values()):
-                return
+        for self.height in HEIGHTS:
+            for self.least in LEASTS:
+                if all(self._alike(w, g) for w in seen.values()):
+                    return
+        self.height = self.least = 1  # nothing better is known
 
     def _alike(self, w: Tensor, g: torch.Generator) -> bool:
-        if self.height == 1:
-            return True
         x = torch.randn(self.height, w.shape[0], generator=g).to(self.dtype)
         pairs = torch.cat([self._wide(x[i : i + 2], w) for i in (0, self.height - 2)])
         counts = {2, 3, 5, 8, 16, 17, 33, self.height - 1, self.height}
@@ -187,19 +228,24 @@ class FloatRows:
         y = self._wide(x, w)
         return acc.add_((y if alpha == 1.0 else y.mul_(alpha)).to(acc.dtype))
 
+    @alike()
     def _wide(self, x: Tensor, w: Tensor) -> Tensor:
         """[T, in] -> [T, out] in `wide`: blocks of inputs in ascending order."""
         t, (inner, outer) = len(x), w.shape
-        short = self.height > 1 and t % self.height == 1  # one row alone takes another kernel
-        rows = x.new_zeros(t + short, inner, dtype=self.wide)
+        over = t % self.height
+        padded = t + max(0, self.least - over) if over else t
+        rows = x.new_zeros(padded, inner, dtype=self.wide)
         rows[:t] = x
-        out = rows.new_zeros(t + short, outer)
+        ragged = -outer % WIDTH
+        out = rows.new_zeros(padded, outer + ragged)
         same = w.dtype == self.wide
         for c in range(0, outer, outer if same else self.columns):
             part = out[:, c:] if same else out[:, c : c + self.columns]
             step = INNER if same else min(INNER, max(8, self.buffer // part.shape[1]))
             for k in range(0, inner, step):
                 block = w[k : k + step, c : c + part.shape[1]].to(self.wide)
+                if block.shape[1] < part.shape[1]:
+                    block = torch.nn.functional.pad(block, (0, ragged))
                 for r in range(0, len(rows), self.height):
                     part[r : r + self.height].addmm_(rows[r : r + self.height, k : k + step], block)
-        return out[:t]
+        return out[:t, :outer]

@@ -21,7 +21,7 @@ from foretell.core.feedback import Tap
 from foretell.core.protocols import Caps, ModelSpec
 from foretell.models.cache.contiguous import ContiguousCache, ContiguousTxn
 from foretell.models.native.arch import Arch
-from foretell.models.native.exact import PIECE, FloatRows, in_pieces
+from foretell.models.native.exact import PIECE, FloatRows, alike, in_pieces
 from foretell.models.native.families import LLAMA_NAMES, Names, describe
 from foretell.models.native.integer import IntegerProducts
 from foretell.models.native.layers import Assembler, Layer
@@ -360,7 +360,8 @@ class NativeModel:
         """q of T Hq D numbers -> [T, Hq D], heads ordered (group, kv head)."""
         a = self.arch
         if self.exact:
-            found = [o for seq in plan.seqs for o in self._attend_rows(w, q, seq)]
+            with alike():
+                found = [o for seq in plan.seqs for o in self._attend_rows(w, q, seq)]
             return torch.cat(found) if found else q.new_empty(0, a.heads * a.head_dim)
         if len(plan.seqs) == 1:
             return self._attend(w, q, plan.seqs[0])
