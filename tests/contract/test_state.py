@@ -232,6 +232,15 @@ def test_drafters_are_told_everything_once(draft: str, temperature: float) -> No
 
 
 @pytest.mark.parametrize("draft", methods.ALL_DRAFTERS)
+def test_who_reads_the_text_alone_need_not_be_told(draft: str) -> None:
+    _, context = models("toy")
+    drafter = registry.create("drafter", draft, context)
+    if getattr(drafter, "reads_text", False):
+        nothing: Any = object()  # whatever is looked up in it raises
+        drafter.observe([nothing], [nothing])
+
+
+@pytest.mark.parametrize("draft", methods.ALL_DRAFTERS)
 def test_preempted_states_are_ended_and_begun_again(draft: str) -> None:
     target, context = pair()
     watch = Watching(registry.create("drafter", draft, context))

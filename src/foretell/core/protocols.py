@@ -269,7 +269,11 @@ class SeqView:
 
 
 class Drafter(Protocol):
-    """Proposes trees. State per sequence lives in what `begin` returns: drafters are shareable."""
+    """Proposes trees. State per sequence lives in what `begin` returns: drafters are shareable.
+
+    An attribute is optional: ``reads_text: bool``, that `observe` does nothing, for all it learns
+    from is the committed text.
+    """
 
     name: ClassVar[str]
     promise: ClassVar[Promise]

@@ -47,6 +47,7 @@ class Aded:
 
     name = "aded"
     promise = Promise.EXACT
+    reads_text = True
     paper = "Adaptive Draft-Verification for Efficient Large Language Model Decoding"
     summary = "tri-grams learnt on the way, searched by Monte-Carlo tree search"
     needs = Needs()

@@ -94,6 +94,7 @@ class Aggressive:
 
     name = "aggressive"
     promise = Promise.EXACT
+    reads_text = True
     paper = "Lossless Acceleration for Seq2seq Generation with Aggressive Decoding"
     summary = "copy the input; after a divergence, go on where the output joins it again"
     needs = Needs()

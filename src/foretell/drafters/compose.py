@@ -49,6 +49,7 @@ class Composed:
         if len(parts) < self.least:
             raise InputError(f"'{self.name}' needs at least {self.least} drafters in of=A+B.")
         self.parts = list(parts)
+        self.listeners = [i for i, p in enumerate(parts) if not getattr(p, "reads_text", False)]
         needs = [p.needs for p in parts]
         self.needs = Needs(
             taps=tuple(dict.fromkeys(t for n in needs for t in n.taps)),
@@ -99,15 +100,16 @@ class Composed:
 
     def observe(self, states: Sequence[Any], feedback: Sequence[Feedback]) -> None:
         """Everybody learns from every step, but for parts that only understand their own trees:
-        those are told of the steps they drafted alone."""
-        for i, part in enumerate(self.parts):
+        those are told of the steps they drafted alone. (Parts that learn from the committed text
+        read it when they next propose.)"""
+        for i in self.listeners:
             told = [
                 (self.own(s)[i], f)
                 for s, f in zip(states, feedback, strict=True)
                 if self.hears(s, i)
             ]
             if told:
-                part.observe([s for s, _ in told], [f for _, f in told])
+                self.parts[i].observe([s for s, _ in told], [f for _, f in told])
 
     def hears(self, state: Any, part: int) -> bool:
         """Whether a part is told of a sequence's step."""

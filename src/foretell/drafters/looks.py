@@ -44,6 +44,7 @@ class Looks:
     def __init__(self, parts: Sequence[Drafter], cost: CostModel, ask: Ask) -> None:
         self.parts, self.cost, self.ask = parts, cost, ask
         self.reads = [bool(p.needs.logits or p.needs.taps) for p in parts]
+        self.listens = [not getattr(p, "reads_text", False) for p in parts]
         self.known: dict[Hashable, Watch] = {}
         self.drafting: dict[int, float] = {}  # seconds that a part takes to draft
 
@@ -121,7 +122,7 @@ class Looks:
             verdict = walk.read(text)
             if verdict is None or tree is None:
                 return
-            if not plays:
+            if not plays and self.listens[part]:
                 told: Feedback | None = without_rows(tree, verdict)
                 if self.reads[part] and play.heard is not None:
                     told = play.heard.feedback(at, tree, verdict)

@@ -61,6 +61,7 @@ class PromptLookup:
 
     name = "prompt-lookup"
     promise = Promise.EXACT
+    reads_text = True
     paper = "Prompt Lookup Decoding"
     summary = "copy what followed the last occurrence of the current suffix"
     needs = Needs()

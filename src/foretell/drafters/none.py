@@ -14,6 +14,7 @@ class NoDrafter:
 
     name = "none"
     promise = Promise.EXACT
+    reads_text = True
     paper = ""
     summary = "plain decoding, one token a step"
     needs = Needs()

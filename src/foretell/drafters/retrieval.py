@@ -29,6 +29,7 @@ class Retrieval:
 
     name = "retrieval"
     promise = Promise.EXACT
+    reads_text = True
     paper = "REST: Retrieval-Based Speculative Decoding"
     summary = "what most often followed the longest match in a datastore of text"
     needs = Needs()

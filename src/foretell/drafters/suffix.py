@@ -78,6 +78,7 @@ class Suffix:
 
     name = "suffix"
     promise = Promise.EXACT
+    reads_text = True
     paper = "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications"
     summary = "what most often followed the longest match, here and in past outputs"
     needs = Needs()
