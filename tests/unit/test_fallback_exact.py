@@ -206,9 +206,16 @@ def test_products_get_one_thread_where_threads_change_them(
 ) -> None:
     monkeypatch.setattr(exact, "threads_agree", lambda threads: agree)
     torch.set_num_threads(2)
-    with pytest.raises(ValueError, match="inside"), exact.alike():
-        assert torch.get_num_threads() == (2 if agree else 1)
+    seen = []
+
+    @exact.alike()
+    def fails() -> None:
+        seen.append(torch.get_num_threads())
         raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fails()
+    assert seen == [2 if agree else 1]
     assert torch.get_num_threads() == 2
 
 
