@@ -25,7 +25,7 @@ class Probes:
     plain: whether steps without drafts teach anything.
     """
 
-    SHARE = 0.01
+    SHARE = 0.005
     CREDIT = 6.0
     DEBT = 2.0  # steps that a probe may turn out to have lost: an interruption does not count whole
     EXPLORERS = 4  # sequences of a probe: each must catch up first
