@@ -22,6 +22,20 @@ FT_INLINE Quarter quarter(const uint8_t* p, int c) {
   return _mm256_loadu_si256((const Quarter*)p + c);
 }
 
+// add(sums[r][c], weights(c), the word inputs(r) everywhere) for all rows r and quarters c
+template <int R, class W, class I, class A>
+FT_INLINE void multiply(Quarter (&sums)[R][4], const W& weights, const I& inputs, const A& add) {
+  Quarter x[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) x[r] = _mm256_set1_epi32(inputs(r));
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    const Quarter w = weights(c);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) add(sums[r][c], w, x[r]);
+  }
+}
+
 // Activations as words: of every four inputs the even two (0, 2) and the odd two (1, 3), as the bytes
 // of a word of weights are split.
 template <int R>
@@ -46,6 +60,9 @@ template <int R, class A>
 FT_INLINE void chain_int8(v16i (&acc)[R][2], const uint8_t* p, const int8_t* q, int64_t ldq,
                           int64_t kp, const A& ahead) {
   const Quarter low = _mm256_set1_epi16(255);
+  const auto add = [](Quarter& sum, Quarter w, Quarter x) FT_LAMBDA {
+    add_32(sum, _mm256_madd_epi16(w, x));
+  };
   Quarter sums[R][4];
   Words<R> a;
 #pragma GCC unroll 16
@@ -58,23 +75,12 @@ FT_INLINE void chain_int8(v16i (&acc)[R][2], const uint8_t* p, const int8_t* q, 
     a.take(q + from, ldq, depth);
     for (int64_t i = 0; i < depth / 4; ++i, p += 4 * PANEL) {
       ahead.ask(from / 4 + i);
-      Quarter x[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) x[r] = _mm256_set1_epi32(a.even[r][i]);
-#pragma GCC unroll 16
-      for (int c = 0; c < 4; ++c) {
-        const Quarter w = _mm256_and_si256(quarter(p, c), low);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) add_32(sums[r][c], _mm256_madd_epi16(w, x[r]));
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) x[r] = _mm256_set1_epi32(a.odd[r][i]);
-#pragma GCC unroll 16
-      for (int c = 0; c < 4; ++c) {
-        const Quarter w = _mm256_srli_epi16(quarter(p, c), 8);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) add_32(sums[r][c], _mm256_madd_epi16(w, x[r]));
-      }
+      multiply<R>(
+          sums, [&](int c) FT_LAMBDA { return _mm256_and_si256(quarter(p, c), low); },
+          [&](int r) FT_LAMBDA { return a.even[r][i]; }, add);
+      multiply<R>(
+          sums, [&](int c) FT_LAMBDA { return _mm256_srli_epi16(quarter(p, c), 8); },
+          [&](int r) FT_LAMBDA { return a.odd[r][i]; }, add);
     }
   }
 #pragma GCC unroll 16
@@ -91,6 +97,9 @@ template <int R, class A>
 FT_INLINE void chain_int4(v16i (&acc)[R][2], const uint8_t* p, const int8_t* q, int64_t ldq,
                           int steps, const A& ahead) {
   const Quarter low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+  const auto add = [](Quarter& sum, Quarter w, Quarter x) FT_LAMBDA {
+    add_16(sum, _mm256_maddubs_epi16(w, x));
+  };
   for (int from = 0; from < steps; from += 4) {
     Quarter words[R][4];
 #pragma GCC unroll 16
@@ -100,23 +109,15 @@ FT_INLINE void chain_int4(v16i (&acc)[R][2], const uint8_t* p, const int8_t* q, 
 #pragma GCC unroll 1
     for (int i = 0; i < 4; ++i, p += 128, q += 8) {
       ahead.ask(from + i);
-      Quarter x[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) x[r] = _mm256_set1_epi32(four(q + r * ldq));
-#pragma GCC unroll 16
-      for (int c = 0; c < 4; ++c) {
-        const Quarter w = _mm256_and_si256(quarter(p, c), low);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) add_16(words[r][c], _mm256_maddubs_epi16(w, x[r]));
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) x[r] = _mm256_set1_epi32(four(q + r * ldq + 4));
-#pragma GCC unroll 16
-      for (int c = 0; c < 4; ++c) {
-        const Quarter w = _mm256_and_si256(_mm256_srli_epi16(quarter(p, c), 4), low);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) add_16(words[r][c], _mm256_maddubs_epi16(w, x[r]));
-      }
+      multiply<R>(
+          words, [&](int c) FT_LAMBDA { return _mm256_and_si256(quarter(p, c), low); },
+          [&](int r) FT_LAMBDA { return four(q + r * ldq); }, add);
+      multiply<R>(
+          words,
+          [&](int c) FT_LAMBDA {
+            return _mm256_and_si256(_mm256_srli_epi16(quarter(p, c), 4), low);
+          },
+          [&](int r) FT_LAMBDA { return four(q + r * ldq + 4); }, add);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
