@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class HFModel:
         if dtype not in _DTYPES:
             raise InputError(f"dtype={dtype} needs a native model; use {', '.join(_DTYPES)}.")
         try:
-            import transformers
+            from transformers.models.auto.modeling_auto import AutoModelForCausalLM
         except ImportError:
             raise InputError(
                 "This model family needs transformers; install it with: pip install foretell[hf]"
@@ -89,10 +90,10 @@ class HFModel:
         say = progress or (lambda fraction, what: None)
         say(0.0, "reading weights")
         # The argument's name changed in 4.56; the old one warns in every later version.
-        new = tuple(int(v) for v in transformers.__version__.split(".")[:2]) >= (4, 56)
+        new = tuple(int(v) for v in version("transformers").split(".")[:2]) >= (4, 56)
         options = {"dtype" if new else "torch_dtype": _DTYPES[dtype]}
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(path), **options)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
             reason = str(e).strip().split("\n")[0]
             raise InputError(f"transformers cannot load {path}: {reason}") from None
@@ -106,7 +107,7 @@ class HFModel:
     def new_cache(self, rows: int = 0) -> HFCache:
         if self._stateful:
             return HFCache(StateStore())
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache
 
         return HFCache(RowStore(DynamicCache))
 

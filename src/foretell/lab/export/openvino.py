@@ -94,7 +94,7 @@ def _tokenizer(folder: Path, out: Path, ov: Any) -> None:
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return
     from openvino_tokenizers import convert_tokenizer  # pyright: ignore[reportMissingImports]
-    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     both = convert_tokenizer(AutoTokenizer.from_pretrained(folder), with_detokenizer=True)
     for name, model in zip(("tokenizer", "detokenizer"), both, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from foretell.lab.bench.workers.steps import Steps
@@ -14,9 +15,9 @@ class System:
 
     def load(self, config: dict[str, Any]) -> dict[str, Any]:
         import torch
-        import transformers
+        from transformers.utils import logging
 
-        transformers.logging.set_verbosity_error()
+        logging.set_verbosity_error()
         torch.set_num_threads(config["threads"])
         self.config, self.torch = config, torch
         asked = config["dtype"]
@@ -26,7 +27,7 @@ class System:
         self.model = self._load(config["model"])
         self.assistant: Any = None
         return {
-            "version": transformers.__version__,
+            "version": version("transformers"),
             "torch": torch.__version__,
             "dtype": dtype,
             "same_class": dtype == asked,
@@ -34,7 +35,7 @@ class System:
         }
 
     def _load(self, folder: str) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
         model = model.to(self.device).eval()
