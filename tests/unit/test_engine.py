@@ -194,3 +194,18 @@ def test_the_drafter_sees_the_processors_along_its_own_path(temperature: float) 
         max_tokens=50, frequency_penalty=1.5, temperature=temperature, top_k=7, seed=1
     )
     assert llm.generate([PROMPT], params)[0].stats.acceptance_length == 5.0
+
+
+def test_a_step_that_reads_a_prompt_is_no_decoding_step() -> None:
+    """Its rows are no drafts: what they take must not be taken for the price of a draft."""
+    target, context = pair()
+    llm = LLM(target, draft="draft-model:tokens=3", context=context)
+    seen = []
+    observe = llm.policy.observe
+    llm.policy.observe = lambda trees, verdicts, t: (  # type: ignore[method-assign]
+        seen.append((t.rows, t.decoding)), observe(trees, verdicts, t)
+    )[1]  # fmt: skip
+    llm.generate([PROMPT], max_tokens=12)
+    assert seen[0][0] >= len(PROMPT) and not seen[0][1]
+    assert len(seen) > 2
+    assert all(rows <= 4 and decoding for rows, decoding in seen[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from foretell.control.length.goodput.allocate import allocate, promise
 from foretell.control.length.goodput.fits import Line, Tilt
 from foretell.control.length.goodput.habits import Habits, widths
 from foretell.control.length.goodput.policy import Goodput
+from foretell.control.length.goodput.probes import Probes
 from foretell.control.length.goodput.records import Record
 from foretell.control.length.goodput.steptime import StepTime
 from foretell.core.costs import GivenCosts
@@ -196,6 +198,44 @@ def test_probing_costs_less_than_three_percent() -> None:
     machine = Machine(compute_bound, 0.5, always(0.0))
     plain = 1 / compute_bound(1, 1)
     assert machine.goodput(lambda _: 1, 1500) >= 0.97 * plain
+
+
+def test_a_probe_pays_what_it_has_lost_and_not_what_it_should_have() -> None:
+    """Expected to lose nothing, probes take half as long again as a step without drafts."""
+    probes = Probes(StepTime(GivenCosts([1.0])), plain=False)
+    probes.credit, probes.earned, probes.rate = 0.0, Probes.SHARE, 4.0
+    records = [Record(Habits(4)) for _ in range(4)]
+    views = [SeqView([1] * 4, 4, SamplingParams(), SeqRng(1)) for _ in range(4)]
+    lost = 0.0
+    for _ in range(4000):
+        drafts = any(probes.look(views, records, [0] * 4, [4] * 4, vary=False))
+        probes.observe(Timings(0.3 * drafts, 1.0 + 0.2 * drafts, rows=4, sequences=4), tokens=4)
+        lost += 0.5 * drafts
+    assert 0.9 * Probes.SHARE < lost / 4000 <= 1.1 * Probes.SHARE
+
+
+def test_with_costs_given_the_clock_changes_nothing() -> None:
+    def chosen(unit: float) -> list[list[int]]:
+        policy = Goodput.build(None, target="10/10/12/20/40/80/160", draft=3.0)
+        assert isinstance(policy, Goodput)
+        found, original, learn = [], policy.budgets, policy.observe
+
+        def budgets(views, load):
+            out = original(views, load)
+            found.append([b.depth for b in out])
+            return out
+
+        def observe(trees, verdicts, timings):
+            took = unit * (1 + len(found) % 7)
+            learn(trees, verdicts, replace(timings, draft=took, target=took))
+
+        policy.budgets, policy.observe = budgets, observe  # type: ignore[method-assign]
+        machine = Machine(memory_bound, 0.1, lambda step, i: 0.3 + 0.1 * i)
+        machine.run(policy, lambda elapsed: 6, 400)
+        return found
+
+    assert chosen(1e-3) == chosen(7.0)
+    assert len({tuple(c) for c in chosen(1.0)}) > 3
 
 
 def test_choices_do_not_oscillate() -> None:

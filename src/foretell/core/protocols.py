@@ -371,7 +371,7 @@ class Timings:
     rows: int = 0  # T of the target forward
     context: int = 0  # committed rows the forward read, summed over its sequences
     sequences: int = 0  # B
-    decoding: bool = True  # whether no sequence of the step was still reading its prompt
+    decoding: bool = True  # whether all rows were drafts but one a sequence: none of a prompt
     other: float = 0.0  # between the step before and this one; 0 when nothing ran in between
 
 

@@ -138,7 +138,7 @@ class Engine:
             batch.rows,
             context,
             len(turns),
-            all(t.decode for t in turns),
+            all(t.decode and t.feed == 1 for t in turns),
             other,
         )
         self.policy.observe(trees, verdicts, self.timings)

@@ -10,8 +10,8 @@ import numpy as np
 from foretell.control.length.goodput.allocate import other_way
 from foretell.control.length.goodput.prices import Prices
 from foretell.control.length.goodput.records import Record, curves
-from foretell.control.length.goodput.steptime import StepTime
-from foretell.core.protocols import SeqView
+from foretell.control.length.goodput.steptime import StepTime, whole
+from foretell.core.protocols import SeqView, Timings
 
 
 class Probes:
@@ -20,7 +20,8 @@ class Probes:
     measured and not guessed.
 
     Each is expected to lose some seconds, which may be none (`settle`). They are paid from a
-    credit: `SHARE` of the time, and what `CREDIT` tokens are worth in the beginning.
+    credit: `SHARE` of the time, and what `CREDIT` tokens are worth in the beginning. A probe pays
+    what it turns out to have lost.
 
     plain: whether steps without drafts teach anything.
     """
@@ -38,6 +39,7 @@ class Probes:
         self.time, self.plain = time, plain
         self.credit = math.inf  # seconds that may be lost; the first `settle` cuts it to size
         self.earned = 0.0  # seconds a step brings it
+        self.rate = 0.0  # tokens per second that the last choice promised
         self.price = self.plain_price = 0.0  # seconds a probe, a spell is expected to lose
         self.depth = 1  # levels of a probe
         self.who: list[Record] = []  # of the last probe
@@ -101,7 +103,6 @@ class Probes:
             levels[i] = min(self.depth, limits[i])
         self.who, self.left = [records[i] for i in chosen], self.STEPS
         self.drafting = max(float(self.time.drafting(max(levels), sum(map(bool, levels)))), 1e-9)
-        self.credit -= self.price
 
     def explorers(
         self, views: Sequence[SeqView], records: Sequence[Record], idle: Sequence[int]
@@ -115,11 +116,18 @@ class Probes:
             chosen.append(min(fresh, key=lambda i: len(views[i].tokens)))
         return chosen
 
-    def observe(self, drafting: float) -> None:
-        """Seconds that this step drafted for. What the beginning of a probe took beyond the plan (a
-        prompt to read, a sleep to make up for) is paid, too."""
-        if self.drafting:
-            self.credit -= max(0.0, drafting - self.drafting)
+    def observe(self, timings: Timings, tokens: int) -> None:
+        """After every step; tokens: what it emitted. Where a prompt was read beside a probe only
+        its drafting tells what it lost more than expected; where the clock is not to be looked at
+        it lost what was expected."""
+        if not self.left or not self.rate:
+            return
+        if timings.decoding and self.time.draft is None:
+            self.credit -= timings.draft + whole(timings) - tokens / self.rate
+            return
+        self.credit -= self.price / self.STEPS
+        if self.time.draft is None:
+            self.credit -= max(0.0, timings.draft - self.drafting)
 
     def settle(
         self,
@@ -139,7 +147,7 @@ class Probes:
         step = n / max(rate, 1e-12)  # seconds that the tokens of plain decoding are worth
         full = self.CREDIT * step / n
         self.credit = max(min(self.credit, max(full, self.price)), -self.DEBT * step)
-        self.earned = self.SHARE * step
+        self.earned, self.rate = self.SHARE * step, rate
         idle = idlers(levels, limits)
         if idle:
             who = self.explorers(views, records, idle)

@@ -122,8 +122,7 @@ class StepTime:
             return
         if usual and timings.decoding and timings.rows:
             guess = self.plain(timings.rows, timings.context, timings.sequences)
-            took = timings.target + timings.verify
-            took += min(timings.other, took)  # the rest is somebody's who waited
+            took = whole(timings)
             if guess > 0 and took > 0:
                 tilt = self.tilts.setdefault(timings.sequences.bit_length(), Tilt())
                 x = float(draftlike(timings.rows, timings.sequences))
@@ -144,6 +143,13 @@ class StepTime:
             if self.reading is None:
                 self.reading = extra
             self.reading += self.PACE * (extra - self.reading)
+
+
+def whole(timings: Timings) -> float:
+    """Seconds of a step but for its drafting. Of what went by between two steps no more counts than
+    the step itself took: the rest is somebody's who waited."""
+    took = timings.target + timings.verify
+    return took + min(timings.other, took)
 
 
 def draftlike(rows: Any, sequences: int) -> Any:
