@@ -206,6 +206,7 @@ def test_a_step_that_reads_a_prompt_is_no_decoding_step() -> None:
         seen.append((t.rows, t.decoding)), observe(trees, verdicts, t)
     )[1]  # fmt: skip
     llm.generate([PROMPT], max_tokens=12)
-    assert seen[0][0] >= len(PROMPT) and not seen[0][1]
+    assert seen[0][0] >= len(PROMPT)
+    assert not seen[0][1]
     assert len(seen) > 2
     assert all(rows <= 4 and decoding for rows, decoding in seen[1:])

@@ -321,6 +321,24 @@ def test_steps_that_draft_are_told_apart_from_those_that_do_not() -> None:
     assert many == pytest.approx(few, abs=0.05), "more rows are what the cost model says"
 
 
+def test_what_drafts_cost_is_not_forgotten_while_nobody_drafts() -> None:
+    time = StepTime(Machine(lambda rows, n: 1.0, 0.1, always(0.5)))
+
+    def step(rows: int, took: float) -> None:
+        time.observe(Timings(0.1, took, 0.0, rows, 0, 8, True), rows // 8 - 1, 8 if rows > 8 else 0)
+
+    for i in range(60):
+        step(*((8, 1.0) if i % 3 else (16, 1.4)))
+    for _ in range(500):
+        step(8, 1.0)
+    plain, few = time.forward([8, 16], 0, 8)
+    assert plain == pytest.approx(1.0, abs=0.02)
+    assert few == pytest.approx(1.4, abs=0.1)
+    for i in range(300):  # it costs nothing any more, as now and then a probe shows
+        step(*((8, 1.0) if i % 15 else (16, 1.0)))
+    assert time.forward([16], 0, 8)[0] == pytest.approx(1.0, abs=0.1)
+
+
 def test_prompts_are_read_as_often_as_sequences_leave() -> None:
     """Those that came together in the beginning will not come again."""
     policy = Goodput(Machine(memory_bound, 0.1, always(0.5)))

@@ -77,7 +77,7 @@ class Tilt:
 
     Means, not medians: what a busy machine adds to some steps is part of what steps take.
     A prediction that is wrong by a factor is mended at once; one that is wrong in its slope as soon
-    as different x were seen. Until then d is 0.
+    as different x were seen. Until then d is 0, and where x stands still d stays what it was.
     """
 
     KEEP = 0.97  # what is left of an observation after every further one
@@ -86,11 +86,11 @@ class Tilt:
     LEAST = 0.05
 
     def __init__(self) -> None:
-        self.x = self.c = self.d = 0.0
         self.early = Early()
         self._clear()
 
     def _clear(self) -> None:
+        self.x = self.c = self.d = 0.0
         self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
 
     def at(self, x: Any) -> Any:
@@ -110,5 +110,6 @@ class Tilt:
         self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
         self.x, self.c = self.sx / self.n, self.sr / self.n
         spread = max(0.0, self.sxx - self.n * self.x * self.x)
-        slope = (self.sxr - self.n * self.x * self.c) / (spread + self.RIDGE)
+        pull = self.RIDGE * self.d  # to the slope of before
+        slope = (self.sxr - self.n * self.x * self.c + pull) / (spread + self.RIDGE)
         self.d = min(max(slope, -self.STEEPEST), self.STEEPEST)
