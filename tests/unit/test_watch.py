@@ -99,6 +99,26 @@ def test_a_burst_ends_when_everybody_has_walked_to_its_end() -> None:
     assert burst.seconds() == [STEPS, 3.0 * STEPS / 3]
 
 
+def test_a_text_may_end_within_a_burst() -> None:
+    """The player copied 4 tokens in its only step; who plods has come as far; who drafted more than
+    there was to come has come to the end, with its second step."""
+    burst, text = Burst.begin(0, 3, 1), [5, 1, 1, 1, 1]
+    burst.steps = 1
+    burst.walks[0].step(TokenTree.chain([5], [1, 1, 1]), 2.0)
+    burst.walks[0].read(text)
+    for _ in range(4):
+        burst.walks[1].step(TokenTree.context([5]), 1.0)
+        burst.walks[1].read(text)
+    burst.walks[2].step(TokenTree.chain([5], [1]), 1.5)
+    burst.walks[2].read(text)
+    burst.walks[2].step(TokenTree.chain([1], [1, 1, 1, 1]), 1.5)
+    assert burst.walks[2].read(text) is None
+    assert not burst.over
+    burst.stop(text)
+    assert burst.over
+    assert burst.seconds() == [2.0, 4.0, 3.0]
+
+
 def feedback(tree: TokenTree, verdict: Verdict, at: int, tap: int) -> Feedback:
     """The rows of tokens[:n] hold n."""
     n = torch.arange(at, at + len(tree)).float()
@@ -227,8 +247,12 @@ def test_a_drafter_that_becomes_good_is_seen_while_another_plays() -> None:
 
 
 class Stays(Watch):
-    def choose(self) -> None:
-        """Nobody else plays."""
+    """Nobody else plays, and it looks all the time."""
+
+    def choose(self) -> None: ...
+
+    def due(self, step: int) -> bool:
+        return True
 
 
 def test_copies_are_counted_as_each_takes_them() -> None:
@@ -243,7 +267,7 @@ def test_copies_are_counted_as_each_takes_them() -> None:
     truth = [5000 / world.alone(i, 5000, step) for i, step in enumerate((1.0, 1.6))]
     assert truth == pytest.approx([16 / 7, 16 / 6.4], rel=0.06)
     for player in range(2):
-        watch = Stays(2, leader=player, credit=1e9)  # looks all the time
+        watch = Stays(2, leader=player)
         world.loss(watch, 1500)
         found = [watch.tokens / seconds for seconds in watch.seconds]
         assert found == pytest.approx(truth, rel=0.1)
@@ -258,6 +282,22 @@ def test_looking_is_paid_for() -> None:
             bursts += 1
         watch.earned(1.0)
     assert EAGER < bursts <= EAGER + 2 + SHARE * 2000 / 0.5
+
+
+def test_looks_begin_anywhere_in_a_text() -> None:
+    """Most in their first steps would say that there is little to copy."""
+    watch, begun = Watch(2, bursts=EAGER), []
+    for _ in range(1000):
+        for step in range(20):
+            if watch.due(step):
+                begun.append(step)
+                watch.begin(0, 0)
+                watch.looked(5.37 * SHARE * 20)  # one in some five texts
+            watch.earned(1.0)
+    assert len(begun) > 100
+    counts = np.bincount(begun, minlength=20)
+    assert counts.max() < 2.5 * len(begun) / 20
+    assert counts[0] < 2 * len(begun) / 20
 
 
 def test_looks_get_rarer_until_another_takes_the_lead() -> None:
@@ -370,6 +410,8 @@ def test_who_does_not_play_is_shown_and_told_only_what_stands_before_its_place()
     watch = next(iter(bandit.player.known.values()))
     assert watch.judged == 1
     assert watch.leader == 0
+    llm.generate([[1, 2, 0]], SamplingParams(max_tokens=SPREAD + 3, temperature=0.0))
+    assert watch.judged == 2, "the burst that was under way when the text was over"
 
 
 def test_a_burst_has_one_player_and_its_first_step_catches_up() -> None:

@@ -50,6 +50,9 @@ class Player(Protocol):
         """What the step brought, and how long it took, 0 where no part was asked; alone: no other
         sequence was in it."""
 
+    def end(self, play: Any) -> None:
+        """The sequence is over."""
+
 
 @dataclass(slots=True)
 class BanditState:
@@ -121,6 +124,10 @@ class Bandit(Composed):
         key = (view.draw, repetition(view.tokens[: view.prompt_len])) if self.classes else None
         parts = super().begin(view)
         return BanditState(parts, self.player.begin(key, view, parts))
+
+    def end(self, state: BanditState) -> None:
+        self.player.end(state.play)
+        super().end(state)
 
     def own(self, state: BanditState) -> list[Any]:
         return state.parts

@@ -59,6 +59,12 @@ class Walk:
             self.each = self.seconds / len(verdict.tokens)
         return verdict
 
+    def stop(self, end: int) -> None:
+        """The text ends here: the step under way came as far as it could."""
+        if self.tree is not None:
+            self.tree, self.at = None, end
+            self.spent += self.seconds
+
     def until(self, end: int) -> float:
         """Seconds up to here: of the last step the share that lies before it."""
         return self.spent - max(0, self.at - end) * self.each
@@ -92,6 +98,13 @@ class Burst:
         """After a step of the player."""
         if not self.open and not self.end:
             self.end = len(text)
+
+    def stop(self, text: Sequence[int]) -> None:
+        """The text ends here. (Were such bursts left out, those texts would be that take many
+        steps.)"""
+        self.end = self.end or len(text)
+        for walk in self.walks:
+            walk.stop(self.end)
 
     @property
     def over(self) -> bool:

@@ -106,6 +106,14 @@ class Looks:
             play.burst = play.heard = None
         play.watch.looked(perf_counter() - start)
 
+    def end(self, play: Looking) -> None:
+        burst = play.burst
+        if burst is not None and len(play.view.tokens) > burst.start:
+            burst.stop(play.view.tokens)
+            if burst.over:
+                play.watch.saw(burst)
+        play.burst = play.heard = None
+
     def _walk(self, play: Looking, burst: Burst, part: int, walk: Walk) -> None:
         """Steps of a part over the text that has come."""
         text, plays = play.view.tokens, part == burst.player

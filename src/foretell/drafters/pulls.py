@@ -74,3 +74,6 @@ class Pulls:
         if play.steps >= DWELL:
             play.arms.reward(play.arm, play.tokens, play.seconds)
             play.arm = -1
+
+    def end(self, play: Pull) -> None:
+        """A pull that was not over says nothing."""

@@ -9,6 +9,7 @@ from foretell.drafters.bursts import Burst
 EAGER = 3  # bursts before looking is paid for
 APART = 0.618  # eager bursts begin at this multiple of `SPREAD` steps of a text, modulo it
 SPREAD = 24
+EVEN = 8  # paid bursts begin in one of so many steps, wherever in a text it is
 PROOF = 3  # bursts before the first drafter is left
 SHARE = 0.02  # of the time decoded, what looking may take
 CALM = 8  # bursts with the same leader after which it may take half of that
@@ -43,6 +44,7 @@ class Watch:
     spread: list[list[float]] = field(init=False)  # squares of the seconds i saves against j
     off: list[float] = field(init=False)  # measured over modelled seconds of its steps
     steps: list[int] = field(init=False)  # that it played, as far as they count
+    ticks: int = 0  # steps
     bursts: int = 0
     judged: int = 0
     calm: int = 0  # bursts since another drafter took the lead
@@ -66,11 +68,12 @@ class Watch:
         return new
 
     def due(self, step: int) -> bool:
-        """Whether a burst is to begin with this step of a text. The first ones are spread over
-        texts, since in the beginning of a text there is less to copy."""
+        """Whether a burst is to begin with this step of a text. They are spread over texts, since
+        in the beginning of a text there is less to copy."""
+        self.ticks += 1
         if self.bursts < EAGER:
             return step >= SPREAD * (APART * self.bursts % 1)
-        return self.credit > 0
+        return self.credit > 0 and APART * self.ticks % 1 < 1 / EVEN
 
     def rate(self, i: int) -> float:
         """Tokens per second that are expected of a drafter."""
