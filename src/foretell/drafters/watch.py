@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from foretell.drafters.bursts import Burst
 
-EAGER = 3  # bursts before looking is paid for
+EAGER = 6  # bursts before looking is paid for
 APART = 0.618  # eager bursts begin at this multiple of `SPREAD` steps of a text, modulo it
 SPREAD = 24
 EVEN = 8  # paid bursts begin in one of so many steps, wherever in a text it is
@@ -64,7 +64,7 @@ class Watch:
         new.tokens, new.seconds = weight * self.tokens, [weight * s for s in self.seconds]
         new.spread = [[weight * s for s in row] for row in self.spread]
         new.off, new.leader = list(self.off), self.leader
-        new.bursts = min(self.bursts, EAGER - 1)
+        new.bursts = min(self.bursts, EAGER // 2)
         return new
 
     def due(self, step: int) -> bool:
