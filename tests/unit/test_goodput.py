@@ -203,13 +203,15 @@ def test_probing_costs_less_than_three_percent() -> None:
 def test_a_probe_pays_what_it_has_lost_and_not_what_it_should_have() -> None:
     """Expected to lose nothing, probes take half as long again as a step without drafts."""
     probes = Probes(StepTime(GivenCosts([1.0])), plain=False)
-    probes.credit, probes.earned, probes.rate = 0.0, Probes.SHARE, 4.0
+    probes.credit, probes.earned = 0.0, Probes.SHARE
+    verdicts = [Verdict([], [1]) for _ in range(4)]
     records = [Record(Habits(4)) for _ in range(4)]
     views = [SeqView([1] * 4, 4, SamplingParams(), SeqRng(1)) for _ in range(4)]
     lost = 0.0
     for _ in range(4000):
         drafts = any(probes.look(views, records, [0] * 4, [4] * 4, vary=False))
-        probes.observe(Timings(0.3 * drafts, 1.0 + 0.2 * drafts, rows=4, sequences=4), tokens=4)
+        took = Timings(0.3 * drafts, 1.0 + 0.2 * drafts, rows=4, sequences=4)
+        probes.observe(took, verdicts, rate=4.0)
         lost += 0.5 * drafts
     assert 0.9 * Probes.SHARE < lost / 4000 <= 1.1 * Probes.SHARE
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from foretell.drafters.bursts import Burst
 
 EAGER = 6  # bursts before looking is paid for
-APART = 0.618  # eager bursts begin at this multiple of `SPREAD` steps of a text, modulo it
-SPREAD = 24
+APART = 0.618  # multiples of it, modulo 1, are spread evenly: they say where bursts begin
+SPREAD = 24  # steps of a text over which eager bursts are spread
 EVEN = 8  # paid bursts begin in one of so many steps, wherever in a text it is
 PROOF = 3  # bursts before the first drafter is left
 SHARE = 0.02  # of the time decoded, what looking may take

@@ -233,7 +233,7 @@ class Goodput:
             levels = self._learn(trees, verdicts)
         elif crowd > 1:
             awake = 0  # so many verdicts a step that some of the steps teach enough
-        self.probes.observe(timings, sum(len(v.tokens) for v in verdicts))
+        self.probes.observe(timings, verdicts, self.rate)
         self.time.observe(timings, levels, awake, self.fresh, self.clean, not self.probes.cold)
 
     def _learn(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict]) -> int:

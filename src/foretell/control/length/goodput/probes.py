@@ -11,6 +11,7 @@ from foretell.control.length.goodput.allocate import other_way
 from foretell.control.length.goodput.prices import Prices
 from foretell.control.length.goodput.records import Record, curves
 from foretell.control.length.goodput.steptime import StepTime, whole
+from foretell.core.feedback import Verdict
 from foretell.core.protocols import SeqView, Timings
 
 
@@ -39,7 +40,6 @@ class Probes:
         self.time, self.plain = time, plain
         self.credit = math.inf  # seconds that may be lost; the first `settle` cuts it to size
         self.earned = 0.0  # seconds a step brings it
-        self.rate = 0.0  # tokens per second that the last choice promised
         self.price = self.plain_price = 0.0  # seconds a probe, a spell is expected to lose
         self.depth = 1  # levels of a probe
         self.who: list[Record] = []  # of the last probe
@@ -116,18 +116,19 @@ class Probes:
             chosen.append(min(fresh, key=lambda i: len(views[i].tokens)))
         return chosen
 
-    def observe(self, timings: Timings, tokens: int) -> None:
-        """After every step; tokens: what it emitted. Where a prompt was read beside a probe only
-        its drafting tells what it lost more than expected; where the clock is not to be looked at
-        it lost what was expected."""
-        if not self.left or not self.rate:
+    def observe(self, timings: Timings, verdicts: Sequence[Verdict], rate: float) -> None:
+        """After every step; rate: tokens per second that the last choice promised. Where a prompt
+        was read beside a probe only its drafting tells what it lost more than expected; where the
+        clock is not to be looked at it lost what was expected."""
+        if not self.left:
             return
-        if timings.decoding and self.time.draft is None:
-            self.credit -= timings.draft + whole(timings) - tokens / self.rate
-            return
-        self.credit -= self.price / self.STEPS
-        if self.time.draft is None:
-            self.credit -= max(0.0, timings.draft - self.drafting)
+        if self.time.draft is not None:
+            self.credit -= self.price / self.STEPS
+        elif timings.decoding:
+            tokens = sum(len(v.tokens) for v in verdicts)
+            self.credit -= timings.draft + whole(timings) - tokens / rate
+        else:
+            self.credit -= self.price / self.STEPS + max(0.0, timings.draft - self.drafting)
 
     def settle(
         self,
@@ -147,7 +148,7 @@ class Probes:
         step = n / max(rate, 1e-12)  # seconds that the tokens of plain decoding are worth
         full = self.CREDIT * step / n
         self.credit = max(min(self.credit, max(full, self.price)), -self.DEBT * step)
-        self.earned, self.rate = self.SHARE * step, rate
+        self.earned = self.SHARE * step
         idle = idlers(levels, limits)
         if idle:
             who = self.explorers(views, records, idle)
