@@ -108,6 +108,20 @@ def test_chain_and_context() -> None:
     assert not TokenTree.build([1], [2, 3], [-1, -1]).is_chain
 
 
+def test_chains_share_what_never_changes_and_nothing_else() -> None:
+    first, second = TokenTree.chain([1], [2, 3]), TokenTree.chain([1], [2, 3], score=[0.5, 0.4])
+    for shared in (first.parent, first.depth, first.live):
+        with pytest.raises(ValueError, match="read-only"):
+            shared[1] = 0
+    first.kill(first.tokens == 2)
+    assert first.kind.tolist() == [Kind.CONTEXT, Kind.DEAD, Kind.DEAD]
+    assert second.kind.tolist() == [Kind.CONTEXT, Kind.CANDIDATE, Kind.CANDIDATE]
+    assert second.score.tolist() == [1.0, 0.5, 0.4]
+    long = TokenTree.context(range(5000))
+    assert long.depth.tolist() == list(range(5000))
+    assert long.parent.tolist() == list(range(-1, 4999))
+
+
 def test_siblings_keep_draw_order() -> None:
     tree = TokenTree.build([1], [9, 3, 7, 4], [-1, -1, 0, -1])
     assert [tree.tokens[c] for c in tree.children(tree.tip)] == [9, 3, 4]
@@ -157,5 +171,6 @@ def test_growing_is_building(tree: TokenTree, scored: bool) -> None:
             assert a.dtype == b.dtype
             assert (a == b).all()
         assert got.n_context == c
+        assert got.is_chain == want.is_chain
         assert (got.score is None) == (want.score is None)
         assert got.score is None or (got.score == want.score).all()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from foretell.core.tree import TokenTree
+from foretell.core.tree import TokenTree, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,8 +85,8 @@ def segment_of(tree: TokenTree, start: int, logits: Sequence[int] | None) -> Seg
     logits: node indices whose logits are wanted (DEAD ones are skipped), None = all live ones.
     """
     live, wanted = tree.live, None
-    if isinstance(logits, range):  # numpy takes a range number by number
-        wanted = np.arange(logits.start, logits.stop, logits.step, dtype=np.int64)
+    if isinstance(logits, range) and logits.step == 1:  # numpy takes a range number by number
+        wanted = counted(logits.start, logits.stop)
     elif logits is not None:
         wanted = np.asarray(logits, np.int64)
     if len(live) == len(tree):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,13 +47,17 @@ class TokenTree:
     _children: list[list[int]] | None = field(default=None, repr=False)
     _n_context: int = field(default=-1, repr=False)
     _live: np.ndarray | None = field(default=None, repr=False)
+    _chain: bool | None = field(default=None, repr=False)
 
     @classmethod
     def context(cls, tokens: Sequence[int]) -> TokenTree:
         """The tree without drafts: a chain of CONTEXT nodes over `tokens` (at least one)."""
         n = len(tokens)
         ids = np.array(tokens, np.int64)
-        return cls(ids, _count(-1, n - 1), np.zeros(n, np.int8), _count(0, n), _n_context=n)
+        return cls(
+            *(ids, counted(-1, n - 1), np.zeros(n, np.int8), counted(0, n)),
+            _n_context=n, _chain=True,
+        )  # fmt: skip
 
     @classmethod
     def build(
@@ -103,13 +107,15 @@ class TokenTree:
         score: Sequence[float] | None = None,
     ) -> TokenTree:
         """Hang a chain below the tip; with `q` [len(tokens), V] row i drew token i."""
-        if q is None and score is None:
+        if q is None:
             c, n = len(context), len(context) + len(tokens)
-            kinds = np.zeros(n, np.int8)
-            kinds[c:] = 1  # CANDIDATE
             ids = np.array([*context, *tokens], np.int64)
-            return cls(ids, _count(-1, n - 1), kinds, _count(0, n), _n_context=c)
-        rows = None if q is None else range(len(tokens))
+            scores = None if score is None else np.array([1.0] * c + [*score])
+            return cls(
+                *(ids, counted(-1, n - 1), _kinds(c, n), counted(0, n)),
+                score=scores, _n_context=c, _chain=True,
+            )  # fmt: skip
+        rows = range(len(tokens))
         return cls.build(context, tokens, range(-1, len(tokens) - 1), qrow=rows, q=q, score=score)
 
     @classmethod
@@ -123,18 +129,16 @@ class TokenTree:
     ) -> TokenTree:
         """`build` for drafters that know each token's level [n] (1 = child of the tip): a tree of
         any size costs a few microseconds."""
-        c, n = len(context), len(context) + len(tokens)
-        ids, parent, depth = np.empty(n, np.int64), _count(-1, n - 1), _count(0, n)
-        kinds, scores = np.zeros(n, np.int8), None
-        kinds[c:] = 1  # CANDIDATE
-        ids[:c], ids[c:] = context, tokens
-        parent[c:], depth[c:] = parents, levels
-        parent[c:] += c
-        depth[c:] += c - 1
-        if score is not None:
-            scores = np.ones(n)
-            scores[c:] = score
-        return cls(ids, parent, kinds, depth, score=scores, _n_context=c)
+        # Between two forwards this runs cold: lists cost less than slices of arrays, then.
+        c, m, ids, above = len(context), len(tokens), _list(tokens), _list(parents)
+        told = None if score is None else _list(score)
+        if above == [*range(-1, m - 1)]:
+            return cls.chain(context, ids, score=told)
+        parent = np.array([*range(-1, c - 1), *(p + c for p in above)], np.int64)
+        depth = np.array([*range(c), *(d + c - 1 for d in _list(levels))], np.int64)
+        nodes, kinds = np.array([*context, *ids], np.int64), _kinds(c, c + m)
+        scores = None if told is None else np.array([1.0] * c + told)
+        return cls(nodes, parent, kinds, depth, score=scores, _n_context=c)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -166,7 +170,10 @@ class TokenTree:
 
     @property
     def is_chain(self) -> bool:
-        return self.parent.tolist() == list(range(-1, len(self) - 1))
+        known = self._chain
+        if known is None:
+            known = self._chain = self.parent.tolist() == list(range(-1, len(self) - 1))
+        return known
 
     @property
     def live(self) -> np.ndarray:
@@ -174,7 +181,7 @@ class TokenTree:
         if self._live is None:
             dead = int(Kind.DEAD)
             some = dead in self.kind.tolist()
-            self._live = np.flatnonzero(self.kind != dead) if some else _count(0, len(self))
+            self._live = np.flatnonzero(self.kind != dead) if some else counted(0, len(self))
         return self._live
 
     def decisions(self) -> list[int]:
@@ -243,5 +250,23 @@ class TokenTree:
                 raise ValueError("drafts hang off the tip")
 
 
-def _count(start: int, stop: int) -> np.ndarray:
+_COUNTED = np.arange(-1, 4096)
+_COUNTED.flags.writeable = False
+
+
+def counted(start: int, stop: int) -> np.ndarray:
+    """[stop - start] int64 from start >= -1 on, to be read only: trees share them."""
+    if stop < len(_COUNTED):
+        return _COUNTED[start + 1 : stop + 1]
     return np.arange(start, stop, dtype=np.int64)
+
+
+def _kinds(c: int, n: int) -> np.ndarray:
+    """[n] of a tree with c CONTEXT nodes and CANDIDATE ones behind them."""
+    kinds = np.zeros(n, np.int8)
+    kinds[c:] = 1
+    return kinds
+
+
+def _list(a: Sequence[Any] | np.ndarray) -> list[Any]:
+    return a.tolist() if isinstance(a, np.ndarray) else [*a]
