@@ -170,7 +170,8 @@ def test_the_drafter_drafts_what_followed(tmp_path) -> None:
     tree.validate(VOCAB)
     paths = [tree.path_tokens(n) for n in range(tree.n_context, len(tree))]
     assert paths == [[2], [2, 3], [2, 4]]
-    assert tree.score[1:].tolist() == pytest.approx([1, 2 / 3, 1 / 3])
+    two, three = 2 / 3, 3 / 4  # how far a match of so many tokens is trusted
+    assert tree.score[1:].tolist() == pytest.approx([two, three * 2 / 3, three / 3])
     (tree,) = drafter.propose([None], [view_of([4, 0, 1])], [Budget(9, 9, 1)])
     assert tree.is_chain
     assert tree.tokens[1:].tolist() == [2, 3]

@@ -83,6 +83,20 @@ def test_prompt_lookup_prefers_the_longest_then_the_most_recent_match() -> None:
     assert drafted(tree) == [5, 1], "the most recent '2 3'"
 
 
+def test_prompt_lookup_is_the_surer_the_longer_the_match() -> None:
+    for text, matched in (
+        ([1, 2, 9, 3, 1, 2], 2),
+        ([1, 2, 3, 9, 4, 1, 2, 3], 3),
+        ([5, 4, 3, 1, 2, 9, 6, 5, 4, 3, 1, 2], 5),  # beyond what is looked up
+        ([7] * 6, 5),  # ends where the text begins
+    ):
+        view = view_of(text, len(text))
+        drafter = PromptLookup(tokens=3, max_ngram=3, min_ngram=2)
+        (tree,) = drafter.propose([drafter.begin(view)], [view], [BUDGET])
+        sure = [m / (m + 1) for m in range(matched, matched + 3)]
+        assert tree.score[tree.n_context :].tolist() == pytest.approx(sure), text
+
+
 def test_prompt_lookup_keeps_to_its_budget() -> None:
     text = [1, 2, 3, 4, 5, 1, 2]
     drafter = PromptLookup(tokens=5)

@@ -220,8 +220,8 @@ def test_trees_hold_the_likeliest_nodes() -> None:
         scores = dict(
             zip(map(tuple, map(tree.path_tokens, range(len(tree)))), tree.score, strict=True)
         )
-        assert scores[2,] == pytest.approx(0.5)
-        assert scores[2, 5] == 1.0
+        assert scores[2,] == pytest.approx(0.5 / 2), "of a match of one token"
+        assert scores[2, 5] == pytest.approx(2 / 3), "of one of two"
 
 
 def test_budgets_are_kept() -> None:
@@ -253,15 +253,15 @@ def test_a_stop_rule_sees_conditional_scores_and_keeps_the_token() -> None:
 
     def stop(scores):
         seen.append(list(scores))
-        return scores[-1] < 0.5
+        return scores[-1] < 0.3
 
     (tree,) = drafter.propose([drafter.begin(view)], [view], [Budget(99, 99, 9, stop)])
     paths = {tuple(tree.path_tokens(n)) for n in range(tree.n_context, len(tree))}
     assert (3,) in paths
     assert (3, 6) not in paths
     assert (2, 5) in paths
-    assert [pytest.approx(2 / 3)] in seen
-    assert [pytest.approx(2 / 3), 1.0] in seen
+    assert [pytest.approx(2 / 3 / 2)] in seen
+    assert any(path == [pytest.approx(1 / 3), pytest.approx(2 / 3)] for path in seen)
 
 
 def answer(drafter: Suffix, prompt: list[int], output: list[int], draw: Draw = Draw.TOP) -> None:

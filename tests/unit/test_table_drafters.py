@@ -73,6 +73,9 @@ def test_kept_leaves_out_what_lies_below() -> None:
     parents, scores = [-1, -1, 0, 1, 2], [0.9, 0.2, 0.1, 0.9, 0.9]
     keep = kept(lambda s: s[-1] < 0.5, parents, scores)
     assert keep.tolist() == [True, True, True, False, False]
+    chain = kept(lambda s: s == [0.9, 0.2], [-1, 0, 1, 2], [0.9, 0.2, 0.1, 0.9])
+    assert chain.tolist() == [True, True, False, False]
+    assert kept(lambda s: False, [-1, 0], [0.9, 0.2]).tolist() == [True, True]
     levels = np.array([1, 1, 2, 2, 3])
     arrays = (np.arange(5), np.array(parents), levels, np.array(scores))
     tree = grown([8, 9], *arrays, keep=np.array([1, 0, 1, 0, 1], bool))

@@ -9,6 +9,8 @@ from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, Needs, Promise, SeqView
 from foretell.core.tree import TokenTree
+from foretell.drafters.tables.matches import chain_scores, match_length
+from foretell.drafters.tables.stop import grown
 
 
 @dataclass(slots=True)
@@ -27,13 +29,14 @@ class NgramIndex:
                 self.ends[tuple(tokens[end - n : end])] = end
         self.known = max(self.known, upto + 1)
 
-    def find(self, tokens: Sequence[int]) -> int | None:
-        """Index after the most recent earlier occurrence of the longest known suffix."""
+    def find(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Index after the most recent earlier occurrence of the longest known suffix, and how long
+        that is; (0, 0) = there is none."""
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             end = self.ends.get(tuple(tokens[len(tokens) - n :]))
             if end is not None:
-                return end
-        return None
+                return end, n
+        return 0, 0
 
 
 def copy_from(tokens: Sequence[int], start: int, stop: int, count: int) -> list[int]:
@@ -94,11 +97,14 @@ class PromptLookup:
         stop = view.prompt_len if self.prompt_only else len(tokens)
         # An n-gram needs a continuation, so the suffix itself is never found.
         index.extend(tokens, stop - 1)
-        start = index.find(tokens)
-        if start is None:
+        start, n = index.find(tokens)
+        if not n:
             return TokenTree.context(view.pending)
         count = min(self.tokens, budget.depth, budget.nodes)
-        return TokenTree.chain(view.pending, copy_from(tokens, start, stop, count))
+        draft = copy_from(tokens, start, stop, count)
+        m = len(draft)
+        sure = chain_scores(match_length(tokens, start, n), m)
+        return grown(view.pending, draft, range(-1, m - 1), range(1, m + 1), sure, stop=budget.stop)
 
     def observe(self, states: Sequence[NgramIndex], feedback: Sequence[Feedback]) -> None:
         """The index reads the committed tokens when it next proposes."""

@@ -12,6 +12,7 @@ from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqVie
 from foretell.core.tree import TokenTree
 from foretell.drafters.tables.datastore.prefixes import heaviest_prefixes
 from foretell.drafters.tables.datastore.reader import Datastore
+from foretell.drafters.tables.matches import goes_on
 from foretell.drafters.tables.stop import grown
 
 
@@ -119,4 +120,5 @@ class Retrieval:
         tokens, parents, levels, scores = heaviest_prefixes(
             rows, nodes, self.store.vocab, budget.branching, ordered=len(found) == 1
         )
-        return grown(view.pending, tokens, parents, levels, scores, stop=budget.stop)
+        sure = scores * goes_on(matched + levels - 1)
+        return grown(view.pending, tokens, parents, levels, sure, stop=budget.stop)

@@ -11,6 +11,7 @@ from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, Needs, Promise, SeqView
 from foretell.core.tree import TokenTree
 from foretell.drafters.tables.automaton import AnyAutomaton, automata
+from foretell.drafters.tables.matches import scores
 from foretell.drafters.tables.sharing import check_share, shares
 from foretell.drafters.tables.speculate import Found, Limits, best_draft
 from foretell.drafters.tables.stop import grown
@@ -173,9 +174,9 @@ class Suffix:
         return self._tree(view.pending, found, budget)
 
     def _tree(self, context: Sequence[int], found: Found, budget: Budget) -> TokenTree:
-        parents, probs = found.parents, [*found.probs, 1.0]  # parent -1 is the tip
-        scores = [p / probs[above] for p, above in zip(found.probs, parents, strict=True)]
-        return grown(context, found.tokens, parents, found.levels, scores, stop=budget.stop)
+        parents, levels = found.parents, found.levels
+        sure = scores(found.matched, found.probs, parents, levels)
+        return grown(context, found.tokens, parents, levels, sure, stop=budget.stop)
 
     def _look_back(
         self, state: SuffixState, tokens: list[int], limits: Limits, found: Found

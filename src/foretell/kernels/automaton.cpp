@@ -479,7 +479,8 @@ FT_API int64_t ft_automaton_follow(const void* automaton, int64_t from, int64_t 
 }
 
 // The best draft behind a place: how many nodes it has, NO_STATE or NO_MEMORY.
-// out: [3, nodes] tokens, parents, levels; probs: [nodes + 1], the last one the draft's score.
+// out: [3, nodes] tokens, parents, levels; probs: [nodes + 2], the last ones the draft's score and
+// how many tokens matched.
 FT_API int64_t ft_automaton_draft(const void* automaton, int64_t place, int64_t matched,
                                   int64_t nodes, int64_t depth, int64_t branching, double factor,
                                   double offset, double min_prob, double floor, int64_t* out,
@@ -494,7 +495,7 @@ FT_API int64_t ft_automaton_draft(const void* automaton, int64_t place, int64_t 
                   : search.tree(a, state, most, limits, to);
   };
   int32_t best = -1;
-  int64_t best_most = 0;
+  int64_t best_most = 0, best_matched = 0;
   double best_score = floor;
   for (int32_t s = (int32_t)place; s > 0;) {
     int64_t most = most_of(limits, matched);
@@ -505,6 +506,7 @@ FT_API int64_t ft_automaton_draft(const void* automaton, int64_t place, int64_t 
     if (r.score > best_score) {
       best = s;
       best_most = most;
+      best_matched = matched;
       best_score = r.score;
     }
     s = a.states.at[s].link;
@@ -513,5 +515,6 @@ FT_API int64_t ft_automaton_draft(const void* automaton, int64_t place, int64_t 
   if (best < 0) return 0;
   // Once more, and written: that costs less than room for all that are not the best.
   probs[nodes] = best_score;
+  probs[nodes + 1] = (double)best_matched;
   return drafted(best, best_most, -1, Draft{out, out + nodes, out + 2 * nodes, probs}).count;
 }

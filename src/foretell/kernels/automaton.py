@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from foretell.kernels.library import Library
 
 Place = tuple[int, int]  # a state, and how many tokens before it match
-Drafted = tuple[list[int], list[int], list[int], list[float], float]
+Drafted = tuple[list[int], list[int], list[int], list[float], float, int]
 
 _LOW = (1 << 32) - 1
 NO_STATE = -2
@@ -96,14 +96,14 @@ class Automaton:
         min_prob: float,
         floor: float,
     ) -> Drafted | None:
-        """What `drafters.tables.speculate.best_draft` finds: tokens, parents, levels, probs, score;
-        None = nothing."""
+        """What `drafters.tables.speculate.best_draft` finds: tokens, parents, levels, probs, score
+        and matched; None = nothing."""
         most = min(nodes, int(factor * place[1] + offset))
         if branching == 1:
             most = min(most, depth)
         if most <= floor or place[0] <= 0:
             return None
-        out, probs = array("q", bytes(24 * most)), array("d", bytes(8 * most + 8))
+        out, probs = array("q", bytes(24 * most)), array("d", bytes(8 * most + 16))
         n = self._calls.ft_automaton_draft(
             *(self._handle, *place, most, depth, branching, factor, offset, min_prob, floor),
             *(out.buffer_info()[0], probs.buffer_info()[0]),
@@ -117,6 +117,7 @@ class Automaton:
             out[2 * most : 2 * most + n].tolist(),
             probs[:n].tolist(),
             probs[most],
+            int(probs[most + 1]),
         )
 
 

@@ -31,6 +31,7 @@ class Found:
     levels: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     score: float = 0.0
+    matched: int = 0  # tokens before the draft that the match is about
 
 
 def best_draft(text: AnyAutomaton, place: Place, limits: Limits, floor: float = 0.0) -> Found:
@@ -56,7 +57,7 @@ def best_draft(text: AnyAutomaton, place: Place, limits: Limits, floor: float = 
         else:
             found = _tree(text, state, most, limits)
         if found.score > best.score:
-            best = found
+            best, found.matched = found, matched
         state = text.link[state]
         matched = text.length[state]
     return best if best.tokens else Found()

@@ -19,9 +19,13 @@ def kept(
     stop: asked with the scores from the tip down to a node, as in `Budget.stop`; the node itself
     stays.
     """
+    n = len(parents)
+    if parents == list(range(-1, n - 1)):
+        end = next((i for i in range(1, n) if stop(scores[:i])), n)
+        return np.arange(n) < end
     paths: dict[int, list[float]] = {-1: []}
     open_below = {-1}
-    keep = np.zeros(len(parents), bool)
+    keep = np.zeros(n, bool)
     for i, parent in enumerate(parents):
         if parent in open_below:
             keep[i] = True
