@@ -11,7 +11,7 @@ import torch
 
 from foretell.control.length.confidence import Confidence
 from foretell.control.length.fixed import Fixed
-from foretell.control.length.goodput.doubt import EDGES, Doubt, Stop, chances, judged
+from foretell.control.length.goodput.doubt import EDGES, FREE, Doubt, Stop, chances, judged
 from foretell.control.length.goodput.habits import Habits
 from foretell.control.length.goodput.policy import Goodput
 from foretell.control.length.goodput.prices import Prices, prices
@@ -80,16 +80,13 @@ def test_a_draft_ends_where_going_on_is_worth_less_than_it_costs() -> None:
     for row in (0.0, 0.3):
         one, two = worth(doubt, sure, row), worth(doubt, unsure, row)
         stop = doubt.stop(Prices(row, [0.97 * one, two + 0.01]))
-        assert stop is not None
         assert not stop([0.75]), "worth its price"
         assert not stop.said
         assert stop([0.75, 0.05])
         assert stop.said
         dear = doubt.stop(Prices(row, [1.03 * one]))
-        assert dear is not None
         assert dear([0.75])
     free = doubt.stop(Prices(0.0, [0.0]))
-    assert free is not None
     assert not free([0.05])
     assert not free([0.75, 0.05]), "no price, no doubt: the last level"
 
@@ -99,11 +96,10 @@ def test_nothing_is_doubted_before_there_are_enough_verdicts() -> None:
     for _ in range(int(Doubt.ENOUGH) - 1):
         doubt.saw([0.5])
         doubt.observe(chain([0.5]), verdict(0, 1))
-    assert doubt.stop(Prices(0.0, [9.0])) is None
+    assert not doubt.stop(Prices(0.0, [9.0]))([0.5])
     doubt.observe(chain([0.5]), verdict(0, 1))
-    stop = doubt.stop(Prices(0.0, [9.0]))
-    assert stop is not None
-    assert stop([0.5])
+    assert doubt.stop(Prices(0.0, [9.0]))([0.5])
+    assert not doubt.stop(Prices(0.9, [FREE / 2]))([0.5]), "looking would cost more than drafting"
 
 
 def test_drafters_without_scores_teach_nothing() -> None:

@@ -20,6 +20,7 @@ EDGES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0
 LEAST = 1e-3  # P(drafted) of the last level that is foreseen
 STEP = 0.05  # of the logarithm of a path's chance, where drafts are foreseen
 CELLS = 80  # of them; paths with less chance are alike
+FREE = 0.01  # tokens that drafting a level further costs: less is not worth a look
 
 
 class Outlook(NamedTuple):
@@ -78,8 +79,9 @@ class Doubt:
     def observe(self, tree: TokenTree, verdict: Verdict) -> None:
         if tree.score is None:
             return
+        scores = tree.score.tolist()
         for node, won in judged(tree, verdict):
-            i = bisect_right(EDGES, float(tree.score[node]))
+            i = bisect_right(EDGES, scores[node])
             self.tried[i] += self.weight
             self.won[i] += self.weight * won
             self.weight /= self.KEEP
@@ -122,10 +124,11 @@ class Doubt:
         keep = sum(chance >= row for chance in chances(self.rates(), scores))
         return tree if keep == len(scores) else tree.head(tree.n_context + keep)
 
-    def stop(self, prices: Prices) -> Stop | None:
-        """Ends drafts where the next level would not be worth drafting; None: no doubt yet."""
-        if not self.ready:
-            return None
+    def stop(self, prices: Prices) -> Stop:
+        """Ends drafts where the next level would not be worth drafting; none, as long as there is
+        no doubt and where drafting costs next to nothing (what is verified of it is `cut`)."""
+        if not self.ready or max(prices.draft, default=0.0) < FREE:
+            return Stop((), ())
         if self._least is None or self._least[0] is not prices:
             self._least = prices, self.least(prices).tolist()
         return Stop(self.rates(), self._least[1])
@@ -138,7 +141,7 @@ class Doubt:
         worth = np.maximum(chance[:, None] * rates - prices.row, 0.0) @ later  # falling
         draft = np.array(prices.draft)
         some = np.searchsorted(-worth, -draft, side="right") - 1
-        return np.where(draft <= 0.0, 0.0, np.where(some < 0, 2.0, chance[some]))
+        return np.where(draft < FREE, 0.0, np.where(some < 0, 2.0, chance[some]))
 
     def outlook(self, prices: Prices, most: int) -> Outlook:
         """Of levels 1..most, where drafts end as `stop` says and only what is worth its row is

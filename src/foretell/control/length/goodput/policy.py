@@ -62,7 +62,7 @@ class Goodput:
     MARGIN = 0.02
     OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
-    PATIENCE = 4  # so many choices that change nothing, and they come this much more seldom
+    PATIENCE = 4  # where choices change nothing they come the more seldom, at most this much
     CROWD = 32  # with more sequences not every step is learned from
     WHOLE = 16  # of so many steps one is verified whole
     SOME = 4  # where nobody drafts one of so many steps is learned from
@@ -139,7 +139,7 @@ class Goodput:
                 r.last, r.drafted = self.steps, True
                 room = v.params.max_tokens - len(v.tokens) + v.prompt_len - 1
                 self.asked.append(min(k, max(0, room)))
-                stop = r.habits.doubt.stop(self.prices) or Stop((), ())
+                stop = r.habits.doubt.stop(self.prices)
                 budgets.append(Budget(UNLIMITED, k, stop=stop))
                 self.stops.append(stop)
             else:
@@ -179,7 +179,8 @@ class Goodput:
 
     def _choose(self, records: Sequence[Record], limits: Sequence[int]) -> None:
         most = self.tokens if self.time.known else min(START, self.tokens)
-        gain, rows, drafted, seen = curves(records, most)
+        same = len(records) == self.chosen_for  # then the last prices are a good start
+        gain, rows, drafted, seen = curves(records, most, self.prices if same else None)
         beyond = np.arange(most) >= np.array(limits)[:, None]
         # drafts of one sequence are all there or not at all; of many, about as many as expected
         n, found = len(records), float(seen[0]) if len(records) == 1 else 1.0
@@ -189,7 +190,7 @@ class Goodput:
         rate = self.rate or n / float(forward(np.array([float(n)]))[0])
         drafting = np.broadcast_to(self.time.drafting(np.arange(1, most + 1), n), most)
         rows[beyond] = drafted[beyond] = 0.0
-        for _ in range(2):
+        for _ in range(1 if same else 2):
             self.prices = prices(n, rows.sum(0), drafted.sum(0), forward, drafting, rate)
             gain, rows, drafted, _ = curves(records, most, self.prices)
             gain[beyond] = rows[beyond] = drafted[beyond] = 0.0
@@ -214,7 +215,7 @@ class Goodput:
             old_rate, self.quiet = rate, 0
             for record, k in zip(records, levels, strict=True):
                 record.tokens, record.met = k, True
-        self.patience = self.every * (self.PATIENCE if self.quiet > self.PATIENCE else 1)
+        self.patience = self.every * min(self.PATIENCE, 1 << self.quiet)
         self.age, self.chosen_for = 0, len(records)
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
         self.rate = old_rate
