@@ -11,6 +11,7 @@ from foretell.core import registry
 from foretell.core.errors import InputError
 from foretell.core.tree import TokenTree
 from foretell.drafters.blend import Blend
+from foretell.drafters.tables.pace import Pace, paying
 from foretell.drafters.tables.trust import MEMORY, SHARED, Trust, said
 from foretell.drafters.tables.union import Union, judge, likeliest
 from helpers_model import Cost, pair
@@ -81,6 +82,31 @@ def test_likeliest_keeps_parents_first_and_branching() -> None:
     assert likeliest(values, parents, 9) == [0, 2, 1, 4, 3]
     assert likeliest(values, parents, 1) == [0, 2, 4]
     assert likeliest(values, parents, 2) == [0, 2, 1, 4, 3]
+
+
+def test_a_node_is_drafted_if_it_brings_what_its_seconds_bring_elsewhere() -> None:
+    costs = [1.0, 1.1, 1.2, 1.3]
+    assert paying([0.9, 0.5, 0.15], costs, rate=2.0) == 2
+    assert paying([0.9, 0.5, 0.15], costs, rate=1.0) == 3
+    assert paying([0.15, 0.1], costs, rate=2.0) == 0, "alone it would pay: 1.15 / 1.1 > 1"
+    assert paying([0.15, 0.05], costs, rate=0.0) == 1, "at first against plain decoding"
+    assert paying([], costs, rate=2.0) == 0
+
+
+def test_a_step_that_costs_more_rows_is_looked_beyond() -> None:
+    """A kernel takes rows by fours: the second to fourth cost nothing more."""
+    assert paying([0.3, 0.3, 0.3, 0.3], [1.0, 1.5, 1.5, 1.5, 1.5], rate=2.0) == 4
+
+
+def test_pace_follows_what_steps_bring() -> None:
+    pace = Pace()
+    assert pace.rate == 0
+    for _ in range(1000):
+        pace.took(3, 2.0)
+    assert pace.rate == pytest.approx(1.5)
+    for _ in range(1000):
+        pace.took(1, 2.0)
+    assert pace.rate == pytest.approx(0.5, rel=0.05)
 
 
 def drafted(each: float, tokens: int = 200) -> tuple[float, Blend]:

@@ -18,7 +18,7 @@ from foretell.drafters.pulls import Pulls
 
 EAR = 16  # one step of so many of other parts' is told to a part that reads rows of logits
 RULES = ("watch", "ucb", "exp3")
-DEFAULT = "suffix+blend+prompt-lookup+none"
+DEFAULT = "blend(of=suffix+prompt-lookup)+blend+none"
 
 
 class Player(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 from foretell.core.errors import InputError
@@ -12,27 +12,30 @@ from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, CostModel, SeqView
 from foretell.core.tree import TokenTree
 from foretell.drafters.compose import Composed
+from foretell.drafters.tables.pace import Pace, StepCosts, paying
 from foretell.drafters.tables.sharing import check_share, shares
 from foretell.drafters.tables.trust import Trust
 from foretell.drafters.tables.union import Union, judge, likeliest
 
-LOOK = 64  # steps between two looks at what forwards cost
 FLOOR = 0.05  # without costs: the least probable path that is drafted
 DEFAULT = "suffix+token-recycling"
 
 
 @dataclass(slots=True)
 class BlendState:
-    """One sequence: its parts' states, whom it trusts, and all that was proposed in this step."""
+    """One sequence: its parts' states, whom it trusts, how quick it is, and this step: all that was
+    proposed and the seconds it should take."""
 
     parts: list[Any]
     trust: Trust
+    pace: Pace
     union: Union | None = None
+    seconds: float = 0.0
 
 
 class Blend(Composed):
     """All parts draft (``of=A+B``); of the union of their trees, prefixes shared, as many of the
-    likeliest nodes are kept as give the most expected tokens per second on this machine.
+    likeliest nodes are kept as are worth their seconds on this machine (`tables.pace`).
 
     How likely a node is, is learnt from what came true: by which parts drafted it and what each
     said of it (its score, or its rank among its siblings), two that agree being a case of their
@@ -74,12 +77,12 @@ class Blend(Composed):
             )
         self.nodes, self.share = nodes, check_share(self.name, share)
         self.cost = cost if floor is None else None
-        self.floor = FLOOR if floor is None else floor
+        floor = FLOOR if floor is None else floor
+        self._costs = StepCosts(self.cost, nodes, floor)
         self.clocked = self.clocked or self.cost is not None
         self.shapes = (self.shapes - {"chain"}) | {"tree"}
         self.may_miss = any(getattr(p, "may_miss", False) for p in parts)
-        self.trust, self.steps = Trust(), 0
-        self._costs: dict[tuple[int, int], tuple[int, list[float]]] = {}
+        self.trust, self.pace = Trust(), Pace()
 
     @classmethod
     def build(
@@ -93,8 +96,10 @@ class Blend(Composed):
         return cls(cls.make_parts(context, of), nodes, floor, share, context.cost)
 
     def begin(self, view: SeqView) -> BlendState:
-        trust = self.trust if shares(view, self.share) else Trust()
-        return BlendState(super().begin(view), trust)
+        mine, parts = shares(view, self.share), super().begin(view)
+        if mine:
+            return BlendState(parts, self.trust, self.pace)
+        return BlendState(parts, Trust(), Pace())
 
     def own(self, state: BlendState) -> list[Any]:
         return state.parts
@@ -102,7 +107,7 @@ class Blend(Composed):
     def propose(
         self, states: Sequence[BlendState], views: Sequence[SeqView], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        self.steps += 1
+        start = perf_counter()
         for s in states:
             s.union = Union()
         for p in range(len(self.parts)):
@@ -111,19 +116,29 @@ class Blend(Composed):
             ):
                 assert s.union is not None
                 s.union.add(tree, p, len(self.parts))
-        return [
+        found = [
             self._cut(s, v, b, len(views)) for s, v, b in zip(states, views, budgets, strict=True)
         ]
+        took = perf_counter() - start
+        for s in states:
+            s.seconds += took
+        return found
 
     def _cut(self, s: BlendState, view: SeqView, budget: Budget, sequences: int) -> TokenTree:
-        union, most = s.union, min(self.nodes, budget.nodes)
-        if union is None or not union.tokens or not most:
+        union, costs = s.union, self._costs(view.cached, sequences)
+        s.seconds, n = costs[0], 0
+        chances, order = list[float](), list[int]()
+        if union is not None and union.tokens:
+            chances, values = union.chances(s.trust), list[float]()
+            for chance, above in zip(chances, union.parents, strict=True):
+                values.append(chance * values[above] if above >= 0 else chance)
+            order = likeliest(values, union.parents, budget.branching)
+            likely = [values[i] for i in order[: min(self.nodes, budget.nodes)]]
+            n = paying(likely, costs, s.pace.rate if self.cost else 1.0)
+        if union is None or not n:
             return TokenTree.context(view.pending)
-        chances, values = union.chances(s.trust), list[float]()
-        for chance, above in zip(chances, union.parents, strict=True):
-            values.append(chance * values[above] if above >= 0 else chance)
-        order = likeliest(values, union.parents, budget.branching)[:most]
-        kept = sorted(order[: self._size([values[i] for i in order], view, sequences)])
+        s.seconds = costs[n]
+        kept = sorted(order[:n])
         place = {-1: -1} | {node: i for i, node in enumerate(kept)}
         return TokenTree.grown(
             view.pending,
@@ -133,25 +148,10 @@ class Blend(Composed):
             [chances[i] for i in kept],
         )
 
-    def _size(self, values: Sequence[float], view: SeqView, sequences: int) -> int:
-        """How many of the likeliest nodes to draft, likeliest first."""
-        if self.cost is None:
-            return sum(v >= self.floor for v in values)
-        key = (sequences, view.cached // 256)
-        known = self._costs.get(key)
-        if known is None or self.steps - known[0] >= LOOK:
-            if len(self._costs) > 256:
-                self._costs.clear()
-            rows = range(sequences, sequences * (self.nodes + 2), sequences)
-            costs = [self.cost.seconds(r, view.cached * sequences, sequences) for r in rows]
-            known = self._costs[key] = (self.steps, costs)
-        gain = accumulate(values, initial=1.0)
-        rates = [g / c for g, c in zip(gain, known[1], strict=False)]
-        return rates.index(max(rates))
-
     def observe(self, states: Sequence[BlendState], feedback: Sequence[Feedback]) -> None:
         super().observe(states, feedback)
         for s, f in zip(states, feedback, strict=True):
             if s.union is not None and f.tokens:
                 judge(s.union, f.tokens, s.trust)
+                s.pace.took(len(f.tokens), s.seconds)
             s.union = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from foretell.core.tree import Kind, TokenTree
 from foretell.drafters.tables.trust import Cell, Trust, said
 
+CANDIDATE = int(Kind.CANDIDATE)
+
 
 @dataclass(slots=True)
 class Union:
@@ -23,25 +25,31 @@ class Union:
 
     def add(self, tree: TokenTree, part: int, parts: int) -> None:
         """Hang in the candidates of a tree that drafter `part` of so many made."""
-        c = tree.n_context
-        if len(tree) == c:
+        c, n = tree.n_context, len(tree)
+        if n == c:
             return
         place, siblings = {c - 1: -1}, dict[int, int]()
         tokens, parents, kinds = tree.tokens.tolist(), tree.parent.tolist(), tree.kind.tolist()
         scores = None if tree.score is None else tree.score.tolist()
-        for i in range(c, len(tree)):
+        for i in range(c, n):
             above = place.get(parents[i])
-            if above is None or kinds[i] != Kind.CANDIDATE:
+            if above is None or kinds[i] != CANDIDATE:
                 continue
-            rank = siblings.get(above, 0)
-            siblings[above] = rank + 1
-            node = self.at.setdefault((above, tokens[i]), len(self.tokens))
-            if node == len(self.tokens):
+            if scores is None:
+                rank = siblings.get(above, 0)
+                siblings[above] = rank + 1
+                mark = said(None, rank)
+            else:
+                mark = said(scores[i], 0)
+            key = above, tokens[i]
+            node = self.at.get(key)
+            if node is None:
+                node = self.at[key] = len(self.tokens)
                 self.tokens.append(tokens[i])
                 self.parents.append(above)
                 self.levels.append(1 if above < 0 else self.levels[above] + 1)
                 self.marks.append([0] * parts)
-            self.marks[node][part] = said(None if scores is None else scores[i], rank)
+            self.marks[node][part] = mark
             place[i] = node
 
     def chances(self, trust: Trust) -> list[float]:
@@ -54,7 +62,7 @@ class Union:
 def likeliest(values: Sequence[float], parents: Sequence[int], branching: int) -> list[int]:
     """Nodes in falling order of the chance of their path, no parent with more than `branching`
     children; a parent comes before its children."""
-    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)  # and stable
     if branching >= len(values):
         return order
     room, found = {-1: branching}, []
