@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,10 +42,12 @@ class Machine:
         noise: float = 0.0,
         fixed: float = 0.0,
         lifetime: int = 1 << 30,
+        scores: Sequence[float] = (),
     ) -> None:
         self.target, self.level, self.fixed, self.noise = target, level, fixed, noise
         self.acceptance, self.found, self.longest = acceptance, found, longest
         self.lifetime = lifetime  # steps until all sequences are over and others come
+        self.scores = scores  # if any: a drafted token has one of them, and comes true as often
 
     def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
         return self.target(rows, sequences)
@@ -65,20 +68,27 @@ class Machine:
                 views.append(SeqView([1] * 4, 4, SamplingParams(max_tokens=1 << 20), SeqRng(1)))
             del views[running:]
             budgets = policy.budgets(views, Load(len(views)))
-            trees, verdicts, deepest = [], [], 0
+            trees, verdicts, came, worth, deepest = [], [], [], [], 0
             for i, (view, budget) in enumerate(zip(views, budgets, strict=True)):
                 k = 0 if budget.none else min(budget.depth, self.longest)
                 k = k if r.random() < self.found(step, i) else 0
-                tree = TokenTree.chain(view.tokens[-1:], [1] * k)
-                n = 0
-                while n < k and r.random() < self.acceptance(step, i):
+                tree, n = self.draft(view, k, budget, r), 0
+                k = tree.drafted
+                chances = [self.acceptance(step, i)] * k if tree.score is None else tree.score[1:]
+                while n < k and r.random() < chances[n]:
                     n += 1
-                path = list(range(1, n + 1))
-                verdicts.append(Verdict(path, [1] * (n + 1), min(n + 1, k)))
                 trees.append(tree)
-                view.tokens += [1] * (n + 1)
+                came.append(n)
+                worth.append([1.0, *itertools.accumulate(chances, operator.mul)])
                 deepest = max(deepest, k)
-                emitted += sum(self.acceptance(step, i) ** j for j in range(k + 1))
+            if self.scores and hasattr(policy, "trim"):
+                trees = policy.trim(trees)
+            for view, tree, hits, tokens in zip(views, trees, came, worth, strict=True):
+                k = tree.drafted
+                n = min(hits, k)
+                verdicts.append(Verdict(list(range(1, n + 1)), [1] * (n + 1), min(n + 1, k)))
+                view.tokens += [1] * (n + 1)
+                emitted += sum(tokens[: k + 1])
             rows = sum(map(len, trees))
             asked = any(not b.none for b in budgets)
             draft = (self.fixed if asked else 0.0) + self.level * deepest
@@ -91,6 +101,14 @@ class Machine:
                 Timings(draft * jitter, target, 0.0, rows, 0, len(views), True),
             )
         return emitted / elapsed
+
+    def draft(self, view: SeqView, k: int, budget: Budget, r: random.Random) -> TokenTree:
+        if not self.scores:
+            return TokenTree.chain(view.tokens[-1:], [1] * k)
+        scores: list[float] = []
+        while len(scores) < k and not (scores and budget.stop and budget.stop(scores)):
+            scores.append(r.choice(self.scores))
+        return TokenTree.chain(view.tokens[-1:], [1] * len(scores), score=scores)
 
     def goodput(self, load, steps, **options) -> float:
         return self.run(Goodput(self, **options), load, steps)
@@ -138,6 +156,18 @@ def test_as_fast_as_the_best_fixed_length_and_as_none(target, alpha: float, batc
         for k in range(13)
     )
     assert got >= 0.97 * best
+
+
+@pytest.mark.parametrize("level", [0.0, 0.12])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("target", [memory_bound, compute_bound, kinked])
+def test_scores_are_used_and_what_is_promised_comes(target, batch: int, level: float) -> None:
+    machine = Machine(target, level, always(0.0), scores=(0.1, 0.6, 0.95))
+    policy = Goodput(machine)
+    machine.run(policy, lambda _: batch, 300)
+    got = machine.run(policy, lambda _: batch, 300)
+    assert policy.rate == pytest.approx(got, rel=0.15)
+    assert got >= 0.97 * machine.best_fixed(lambda _: batch, 600)
 
 
 @pytest.mark.parametrize("found", [0.05, 0.4, 0.9])

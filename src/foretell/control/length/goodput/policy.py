@@ -60,6 +60,7 @@ class Goodput:
     summary = "for each sequence the draft length, or none, with the most tokens per second"
 
     MARGIN = 0.02
+    FLATTERED = 0.02  # the best of several estimates of drafts is that much better than it will be
     OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
     PATIENCE = 4  # where choices change nothing they come the more seldom, at most this much
@@ -179,8 +180,7 @@ class Goodput:
 
     def _choose(self, records: Sequence[Record], limits: Sequence[int]) -> None:
         most = self.tokens if self.time.known else min(START, self.tokens)
-        same = len(records) == self.chosen_for  # then the last prices are a good start
-        gain, rows, drafted, seen = curves(records, most, self.prices if same else None)
+        gain, rows, drafted, seen = curves(records, most)
         beyond = np.arange(most) >= np.array(limits)[:, None]
         # drafts of one sequence are all there or not at all; of many, about as many as expected
         n, found = len(records), float(seen[0]) if len(records) == 1 else 1.0
@@ -190,7 +190,7 @@ class Goodput:
         rate = self.rate or n / float(forward(np.array([float(n)]))[0])
         drafting = np.broadcast_to(self.time.drafting(np.arange(1, most + 1), n), most)
         rows[beyond] = drafted[beyond] = 0.0
-        for _ in range(1 if same else 2):
+        for _ in range(2):
             self.prices = prices(n, rows.sum(0), drafted.sum(0), forward, drafting, rate)
             gain, rows, drafted, _ = curves(records, most, self.prices)
             gain[beyond] = rows[beyond] = drafted[beyond] = 0.0
@@ -203,13 +203,15 @@ class Goodput:
         welcome(records)
         old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
         rates = together(gain, rows, forward, draft)
+        rates[1:] *= 1 - self.FLATTERED
         levels, rate = [int(rates.argmax())] * len(records), float(rates.max())
         old_rate = float(rates[old[0]])
         if len(records) > 1:
             own, own_rate = allocate(gain, rows, forward, draft)
+            own_rate *= 1 - self.FLATTERED * any(own)
             if own_rate > (1 + self.OWN) * rate:
                 levels, rate = own, own_rate
-            old_rate = promise(old, gain, rows, forward, draft)
+            old_rate = promise(old, gain, rows, forward, draft) * (1 - self.FLATTERED * any(old))
         self.quiet += 1
         if rate > (1 + self.MARGIN) * old_rate or not all(r.met for r in records):
             old_rate, self.quiet = rate, 0
