@@ -8,10 +8,11 @@ import pytest
 
 from foretell import LLM, SamplingParams
 from foretell.core import registry
+from foretell.core.costs import paying
 from foretell.core.errors import InputError
 from foretell.core.tree import TokenTree
 from foretell.drafters.blend import Blend
-from foretell.drafters.tables.pace import Pace, paying
+from foretell.drafters.tables.pace import Pace
 from foretell.drafters.tables.trust import MEMORY, SHARED, Trust, said
 from foretell.drafters.tables.union import Union, judge, likeliest
 from helpers_model import Cost, pair

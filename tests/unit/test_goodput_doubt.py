@@ -203,7 +203,8 @@ def cutting(row: float) -> Goodput:
     policy = Goodput(Talkative(0.2, 0.9))
     policy.budgets([view_of()], Load())
     policy.views[0].effort.habits.doubt = taught(low=0.2, high=0.9)
-    policy.prices, policy.steps = Prices(row, [0.0] * 3), Goodput.WHOLE + 1
+    policy.forward, policy.rate = lambda rows: row * rows, 1.0
+    policy.steps = Goodput.WHOLE + 1
     return policy
 
 
@@ -222,6 +223,19 @@ def test_what_is_not_worth_a_row_is_not_verified() -> None:
     assert len(none) == none.n_context
     (cheap,) = cutting(0.01).trim([draft])
     assert cheap is draft
+
+
+def test_drafts_are_cut_together_by_what_rows_really_cost() -> None:
+    """Rows come by fours: the third token of the surer draft is worth a row, but not four."""
+    policy = cutting(0.5)
+    policy.forward = lambda rows: np.ceil(
+        (rows + 1) / 4
+    )  # two contexts of two rows, and three more
+    policy.views = policy.views * 2
+    sure, unsure = chain([0.75, 0.75, 0.75]), chain([0.75, 0.05])
+    assert [len(t) for t in policy.trim([sure, unsure])] == [len(sure) - 1, len(unsure) - 1]
+    policy.forward = lambda rows: np.ceil(rows / 16)
+    assert policy.trim([sure, unsure]) == [sure, unsure], "what costs nothing more stays"
 
 
 def test_what_was_cut_was_found() -> None:

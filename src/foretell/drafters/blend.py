@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from foretell.core.costs import paying
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, CostModel, SeqView
 from foretell.core.tree import TokenTree
 from foretell.drafters.compose import Composed
-from foretell.drafters.tables.pace import Pace, StepCosts, paying
+from foretell.drafters.tables.pace import Pace, StepCosts
 from foretell.drafters.tables.sharing import check_share, shares
 from foretell.drafters.tables.trust import Trust
 from foretell.drafters.tables.union import Union, judge, likeliest

@@ -1,10 +1,8 @@
-"""What a second is worth, and so how much of a tree to draft."""
+"""What a second is worth, and what steps take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from foretell.core.protocols import CostModel
 
@@ -27,20 +25,6 @@ class Pace:
     def rate(self) -> float:
         """Tokens per second; 0 before the first step."""
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def paying(values: Sequence[float], costs: Sequence[float], rate: float) -> int:
-    """How many nodes to draft, likeliest first, for the most tokens per second in the long run: a
-    second more in this step has to bring what any second brings. (The best rate of the step alone
-    drafts too much where little is likely, and too little where much is.)
-
-    values: chances of the nodes' paths, falling; costs: seconds of a step with 0, 1, .. of them;
-    rate: tokens per second, 0 = what plain decoding makes.
-    """
-    rate = rate or 1 / costs[0]
-    gain = accumulate(values, initial=1.0)
-    worth = [g - rate * c for g, c in zip(gain, costs, strict=False)]
-    return worth.index(max(worth))
 
 
 class StepCosts:

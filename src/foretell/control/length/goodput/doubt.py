@@ -111,18 +111,15 @@ class Doubt:
             self._shares = first, later / later.sum()
         return self._shares
 
-    def cut(self, tree: TokenTree, row: float) -> TokenTree:
-        """A draft without the tokens at its end that are less likely than what a row costs, in
-        tokens. Trees, drafts without scores, and tokens that were drawn from a q stay as they
-        are."""
+    def path(self, tree: TokenTree) -> list[float]:
+        """Of a draft that may be cut the chance that it gets to its 1st, 2nd, .. token; nothing as
+        long as there is no doubt, of trees, of drafts without scores, and where tokens were drawn
+        from a q."""
         if tree.score is None or tree.qrow is not None or not is_chain(tree):
-            return tree
+            return []
         scores = tree.score[tree.n_context :].tolist()
         self.saw(scores)
-        if not row or not self.ready:
-            return tree
-        keep = sum(chance >= row for chance in chances(self.rates(), scores))
-        return tree if keep == len(scores) else tree.head(tree.n_context + keep)
+        return chances(self.rates(), scores) if self.ready else []
 
     def stop(self, prices: Prices) -> Stop:
         """Ends drafts where the next level would not be worth drafting; none, as long as there is

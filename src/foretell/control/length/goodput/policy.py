@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from foretell.control.length.company import decided
 from foretell.control.length.fixed import UNLIMITED, Fixed
 from foretell.control.length.goodput.allocate import allocate, promise, together
+from foretell.control.length.goodput.cut import cut
 from foretell.control.length.goodput.doubt import Stop
 from foretell.control.length.goodput.habits import Habits, widths
 from foretell.control.length.goodput.prices import Prices, prices
@@ -86,6 +87,7 @@ class Goodput:
         self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
         self.rate = 0.0  # tokens per second that the last choice promised
         self.prices = Prices()
+        self.forward: Callable[[np.ndarray], np.ndarray] | None = None  # seconds by rows, now
         self.drafts: list[TokenTree] = []  # of this step, before they were cut
         self.stops: list[Stop | None] = []  # of this step
         self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
@@ -154,11 +156,10 @@ class Goodput:
         """Cuts drafts, chains of tokens that were not drawn, down to what is worth its rows; now
         and then not, to hear of tokens that are doubted."""
         self.drafts = list(trees)
-        row = 0.0 if self.steps % self.WHOLE == 0 else self.prices.row
-        return [
-            view.effort.habits.doubt.cut(tree, row)
-            for view, tree in zip(self.views, trees, strict=True)
-        ]
+        paths = [v.effort.habits.doubt.path(t) for v, t in zip(self.views, trees, strict=True)]
+        if self.forward is None or self.steps % self.WHOLE == 0:
+            return self.drafts
+        return cut(trees, paths, self.forward, self.rate)
 
     def _is_calm(self, views: Sequence[SeqView]) -> bool:
         """Whether nobody drafts and nothing is to be thought about: most steps of a full server,
@@ -187,6 +188,7 @@ class Goodput:
         context = sum(v.cached for v in self.views)
         widest = float((rows / seen[:, None]).max())
         forward = self.time.expected(n, context, n * most * widest, found)
+        self.forward = forward if found == 1.0 else self.time.expected(n, context, most * widest)
         rate = self.rate or n / float(forward(np.array([float(n)]))[0])
         drafting = np.broadcast_to(self.time.drafting(np.arange(1, most + 1), n), most)
         rows[beyond] = drafted[beyond] = 0.0
