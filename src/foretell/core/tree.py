@@ -148,7 +148,7 @@ class TokenTree:
         score = None if self.score is None else self.score[:n]
         return TokenTree(
             self.tokens[:n], self.parent[:n], self.kind[:n], self.depth[:n], score=score,
-            embeds=self.embeds, _n_context=min(n, self.n_context),
+            embeds=self.embeds, _n_context=min(n, self.n_context), _chain=self._chain or None,
         )  # fmt: skip
 
     @property

@@ -59,7 +59,7 @@ class Trust:
 
     A mark seen seldom leans on what is known of each drafter that took part in it, the most
     trusted of them; those lean on a guess. Old counts fade. A few hundred cells at most: of the
-    (RANKS + 6) ** drafters marks few occur.
+    (RANKS + 9) ** drafters marks few occur.
     """
 
     def __init__(self) -> None:

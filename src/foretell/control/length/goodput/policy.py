@@ -61,7 +61,6 @@ class Goodput:
     summary = "for each sequence the draft length, or none, with the most tokens per second"
 
     MARGIN = 0.02
-    FLATTERED = 0.02  # the best of several estimates of drafts is that much better than it will be
     OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
     PATIENCE = 4  # where choices change nothing they come the more seldom, at most this much
@@ -205,15 +204,13 @@ class Goodput:
         welcome(records)
         old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
         rates = together(gain, rows, forward, draft)
-        rates[1:] *= 1 - self.FLATTERED
         levels, rate = [int(rates.argmax())] * len(records), float(rates.max())
         old_rate = float(rates[old[0]])
         if len(records) > 1:
             own, own_rate = allocate(gain, rows, forward, draft)
-            own_rate *= 1 - self.FLATTERED * any(own)
             if own_rate > (1 + self.OWN) * rate:
                 levels, rate = own, own_rate
-            old_rate = promise(old, gain, rows, forward, draft) * (1 - self.FLATTERED * any(old))
+            old_rate = promise(old, gain, rows, forward, draft)
         self.quiet += 1
         if rate > (1 + self.MARGIN) * old_rate or not all(r.met for r in records):
             old_rate, self.quiet = rate, 0
