@@ -12,7 +12,7 @@ from foretell.core.costs import paying
 from foretell.core.errors import InputError
 from foretell.core.tree import TokenTree
 from foretell.drafters.blend import Blend
-from foretell.drafters.tables.pace import Pace
+from foretell.drafters.tables.pace import LOOK, Pace, StepCosts
 from foretell.drafters.tables.trust import MEMORY, SHARED, Trust, said
 from foretell.drafters.tables.union import Union, judge, likeliest
 from helpers_model import Cost, pair
@@ -92,6 +92,7 @@ def test_a_node_is_drafted_if_it_brings_what_its_seconds_bring_elsewhere() -> No
     assert paying([0.15, 0.1], costs, rate=2.0) == 0, "alone it would pay: 1.15 / 1.1 > 1"
     assert paying([0.15, 0.05], costs, rate=0.0) == 1, "at first against plain decoding"
     assert paying([], costs, rate=2.0) == 0
+    assert paying([0.15], [2.0, 2.2], rate=0.0) == 1, "plain steps of two seconds"
 
 
 def test_a_step_that_costs_more_rows_is_looked_beyond() -> None:
@@ -108,6 +109,25 @@ def test_pace_follows_what_steps_bring() -> None:
     for _ in range(1000):
         pace.took(1, 2.0)
     assert pace.rate == pytest.approx(0.5, rel=0.05)
+
+
+def test_costs_are_remembered_for_a_while_and_by_company() -> None:
+    cost = Cost(0.1)
+    costs = StepCosts(cost, nodes=2, floor=0.0)
+    first, crowd = costs(100, 1), costs(100, 3)
+    assert first == [cost.seconds(n, 100, 1) for n in (1, 2, 3)]
+    assert crowd == [cost.seconds(n, 300, 3) for n in (3, 6, 9)]
+    costs.cost = Cost(0.7)
+    assert costs(100, 1) == first
+    for _ in range(LOOK):
+        later = costs(100, 1)
+    assert later == [costs.cost.seconds(n, 100, 1) for n in (1, 2, 3)]
+
+
+def test_the_pace_is_that_of_what_was_emitted() -> None:
+    _, blend = drafted(0.1)
+    tokens, seconds = blend.pace.tokens, blend.pace.seconds
+    assert tokens / seconds > 1 / Cost(0.1).seconds(1, 0, 1), "quicker than a token a plain step"
 
 
 def drafted(each: float, tokens: int = 200) -> tuple[float, Blend]:
