@@ -226,11 +226,10 @@ def test_what_is_not_worth_a_row_is_not_verified() -> None:
 
 
 def test_drafts_are_cut_together_by_what_rows_really_cost() -> None:
-    """Rows come by fours: the third token of the surer draft is worth a row, but not four."""
+    """Rows come by fours, and the contexts (two rows each) leave room for three: the third token of
+    the surer draft is worth a row, but not four."""
     policy = cutting(0.5)
-    policy.forward = lambda rows: np.ceil(
-        (rows + 1) / 4
-    )  # two contexts of two rows, and three more
+    policy.forward = lambda rows: np.ceil((rows + 1) / 4)
     policy.views = policy.views * 2
     sure, unsure = chain([0.75, 0.75, 0.75]), chain([0.75, 0.05])
     assert [len(t) for t in policy.trim([sure, unsure])] == [len(sure) - 1, len(unsure) - 1]

@@ -250,7 +250,7 @@ class TokenTree:
                 raise ValueError("drafts hang off the tip")
 
 
-_COUNTED = np.arange(-1, 4096)
+_COUNTED = np.arange(-1, 4096, dtype=np.int64)
 _COUNTED.flags.writeable = False
 
 

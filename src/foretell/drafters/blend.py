@@ -97,10 +97,9 @@ class Blend(Composed):
         return cls(cls.make_parts(context, of), nodes, floor, share, context.cost)
 
     def begin(self, view: SeqView) -> BlendState:
-        mine, parts = shares(view, self.share), super().begin(view)
-        if mine:
-            return BlendState(parts, self.trust, self.pace)
-        return BlendState(parts, Trust(), Pace())
+        together = shares(view, self.share)
+        trust, pace = (self.trust, self.pace) if together else (Trust(), Pace())
+        return BlendState(super().begin(view), trust, pace)
 
     def own(self, state: BlendState) -> list[Any]:
         return state.parts

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from typing import Any
 
 LONGEST = 32  # tokens of a match that are counted
 
 
-def goes_on(matched: np.ndarray) -> np.ndarray:
-    """The chance that the token behind a match of so many (>= 0) is right, too: as if it had been
-    right so often and wrong once. A rule of thumb in the right order; who needs chances counts what
-    comes true of scores in a range."""
+def goes_on(matched: Any) -> Any:
+    """The chance that the token behind a match of so many (>= 0, a number or an array) is right,
+    too: as if it had been right so often and wrong once. A rule of thumb in the right order; who
+    needs chances counts what comes true of scores in a range."""
     return matched / (matched + 1)
 
 
@@ -26,7 +25,7 @@ def match_length(tokens: Sequence[int], end: int, sure: int) -> int:
 
 def chain_scores(matched: int, n: int) -> list[float]:
     """`goes_on` of n tokens one behind the other: where one is right the match has grown by it."""
-    return [m / (m + 1) for m in range(matched, matched + n)]
+    return [goes_on(m) for m in range(matched, matched + n)]
 
 
 def scores(
@@ -37,6 +36,6 @@ def scores(
     the tip."""
     path = [*probs, 1.0]  # of the tip, whose index is -1
     return [
-        (matched + level - 1) / (matched + level) * p / path[above]
+        goes_on(matched + level - 1) * p / path[above]
         for p, above, level in zip(probs, parents, levels, strict=True)
     ]

@@ -42,9 +42,9 @@ class Goodput:
     row, over all sequences, up to the best cut (`allocate`). A choice is kept for `every` steps
     (later for more, where nothing changes) or until the company has changed by a quarter, and left
     only for one that promises `MARGIN` more; newcomers do as most do. A drafter that says how
-    sure it is ends a draft where going on is not worth it, and of a draft that is there only the
-    tokens are verified that are worth their rows (`Doubt`). What the other way would cost
-    and bring is measured, not guessed (`Probes`).
+    sure it is ends a draft where going on is not worth it (`Doubt`), and of all such drafts of a
+    step only the tokens are verified that are worth their rows (`cut`). What the other way would
+    cost and bring is measured, not guessed (`Probes`).
 
     tokens: most levels. target: what a forward of 1, 2, 4, 8, .. rows takes, in any unit, instead
     of measured costs, for example ``10/10/10/12/14``; draft: what drafting a level takes, in the
