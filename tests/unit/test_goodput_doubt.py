@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -55,13 +56,13 @@ def test_rates_are_what_verdicts_showed_and_not_what_scores_say() -> None:
 
 def test_old_verdicts_fade_and_counts_stay_finite() -> None:
     doubt = taught(low=0.9, high=0.9, rounds=30)
-    for _ in range(12_000):
+    for _ in range(24_000):
         doubt.saw([0.05, 0.05])
         doubt.observe(chain([0.05]), verdict(0, 1))
     assert doubt.rates()[2] < 0.02
     assert doubt.weight <= 1e9
     assert max(*doubt.tried, *doubt.first, *doubt.later) < 1e12
-    for _ in range(2_000):
+    for _ in range(4_000):
         doubt.saw([0.75, 0.75])
         doubt.observe(chain([0.75]), verdict(1, 1))
     assert [share[12] for share in doubt.shares()] == pytest.approx([1.0, 1.0], abs=0.03)
@@ -135,7 +136,7 @@ def test_prices_are_seconds_in_tokens() -> None:
 @pytest.mark.parametrize("price", [[0.0] * 3, [0.3, 0.2, 0.1], [0.05, 0.2, 0.4], [0.1, 0.5]])
 def test_drafts_are_foreseen(price: list[float], row: float) -> None:
     """Against all drafts that there can be, one by one."""
-    doubt = taught(low=0.25, high=0.9)
+    doubt = taught(low=0.25, high=0.87)
     rates, stop = doubt.rates(), doubt.stop(Prices(row, price))
     assert stop is not None
     drafted, kept, gain = ([0.0] * 4 for _ in range(3))
@@ -203,7 +204,7 @@ def cutting(row: float) -> Goodput:
     policy = Goodput(Talkative(0.2, 0.9))
     policy.budgets([view_of()], Load())
     policy.views[0].effort.habits.doubt = taught(low=0.2, high=0.9)
-    policy.forward, policy.rate = lambda rows: row * rows, 1.0
+    policy.costs, policy.rate = [row * n for n in range(20)], 1.0
     policy.steps = Goodput.WHOLE + 1
     return policy
 
@@ -229,11 +230,11 @@ def test_drafts_are_cut_together_by_what_rows_really_cost() -> None:
     """Rows come by fours, and the contexts (two rows each) leave room for three: the third token of
     the surer draft is worth a row, but not four."""
     policy = cutting(0.5)
-    policy.forward = lambda rows: np.ceil((rows + 1) / 4)
+    policy.costs = [math.ceil((n + 1) / 4) for n in range(20)]
     policy.views = policy.views * 2
     sure, unsure = chain([0.75, 0.75, 0.75]), chain([0.75, 0.05])
     assert [len(t) for t in policy.trim([sure, unsure])] == [len(sure) - 1, len(unsure) - 1]
-    policy.forward = lambda rows: np.ceil(rows / 16)
+    policy.costs = [math.ceil(n / 16) for n in range(20)]
     assert policy.trim([sure, unsure]) == [sure, unsure], "what costs nothing more stays"
 
 

@@ -17,7 +17,7 @@ from foretell.core.feedback import Verdict
 from foretell.core.tree import TokenTree
 
 EDGES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-LEAST = 1e-3  # P(drafted) of the last level that is foreseen
+LEAST = 0.02  # P(drafted) of the last level that is foreseen
 STEP = 0.05  # of the logarithm of a path's chance, where drafts are foreseen
 CELLS = 80  # of them; paths with less chance are alike
 FREE = 0.01  # tokens that drafting a level further costs: less is not worth a look
@@ -51,8 +51,8 @@ class Doubt:
     """How often drafted tokens are accepted, by the score their drafter gave them. Scores are
     ranked between `EDGES` and never taken at their word: drafters are seldom calibrated."""
 
-    KEEP = 0.998
-    WEIGHT = 8.0  # verdicts that the mean over all scores is worth to each range of them
+    KEEP = 0.999
+    WEIGHT = 4.0  # verdicts that the mean over all scores is worth to each range of them
     ENOUGH = 64.0  # verdicts before anything is doubted
 
     def __init__(self) -> None:

@@ -94,7 +94,8 @@ class Tilt:
         self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
 
     def at(self, x: Any) -> Any:
-        return np.maximum(self.LEAST, self.c + self.d * (x - self.x))
+        found = self.c + self.d * (x - self.x)
+        return max(self.LEAST, found) if isinstance(found, float) else np.maximum(self.LEAST, found)
 
     def observe(self, x: float, r: float) -> None:
         if len(self.early.seen) < EARLY:
@@ -102,7 +103,7 @@ class Tilt:
             for earlier in self.early.add(x, r, 1.0):
                 self._add(*earlier)
         else:
-            self._add(x, min(r, SURPRISE * float(self.at(x))))
+            self._add(x, min(r, SURPRISE * self.at(x)))
 
     def _add(self, x: float, r: float) -> None:
         k = self.KEEP

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -65,11 +65,11 @@ class Goodput:
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
     PATIENCE = 4  # where choices change nothing they come the more seldom, at most this much
     CROWD = 32  # with more sequences not every step is learned from
-    WHOLE = 16  # of so many steps one is verified whole
+    WHOLE = 64  # of so many steps one is verified whole
     SOME = 4  # where nobody drafts one of so many steps is learned from
 
     def __init__(
-        self, cost: CostModel, tokens: int = 12, every: int = 8, draft: float | None = None
+        self, cost: CostModel, tokens: int = 12, every: int = 16, draft: float | None = None
     ) -> None:
         check(tokens, every, draft)
         self.cost, self.tokens, self.every = cost, tokens, every
@@ -86,7 +86,7 @@ class Goodput:
         self.clean = False  # whether this step's draft has no prompt and no long sleep to catch up
         self.rate = 0.0  # tokens per second that the last choice promised
         self.prices = Prices()
-        self.forward: Callable[[np.ndarray], np.ndarray] | None = None  # seconds by rows, now
+        self.costs: list[float] = []  # seconds of a forward of 0, 1, 2, .. rows, now
         self.drafts: list[TokenTree] = []  # of this step, before they were cut
         self.stops: list[Stop | None] = []  # of this step
         self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
@@ -96,7 +96,7 @@ class Goodput:
         cls,
         context: BuildContext | None,
         tokens: int = 12,
-        every: int = 8,
+        every: int = 16,
         target: str = "",
         draft: float | None = None,
     ) -> Goodput | Fixed:
@@ -125,10 +125,9 @@ class Goodput:
         self.told = self.steps
         most = self.tokens
         limits = [min(most, v.most_drafts) if v.control else most for v in views]
+        welcome(records)
         if self._is_due(records):
             self._choose(records, limits)
-        else:
-            welcome(records)
         levels = [r.tokens if r.tokens < k else k for r, k in zip(records, limits, strict=True)]
         vary = self.steps % self.every == 0
         levels = self.probes.look(views, records, levels, limits, vary)
@@ -156,9 +155,9 @@ class Goodput:
         and then not, to hear of tokens that are doubted."""
         self.drafts = list(trees)
         paths = [v.effort.habits.doubt.path(t) for v, t in zip(self.views, trees, strict=True)]
-        if self.forward is None or self.steps % self.WHOLE == 0:
+        if not self.costs or self.steps % self.WHOLE == 0:
             return self.drafts
-        return cut(trees, paths, self.forward, self.rate)
+        return cut(trees, paths, self.costs, self.rate)
 
     def _is_calm(self, views: Sequence[SeqView]) -> bool:
         """Whether nobody drafts and nothing is to be thought about: most steps of a full server,
@@ -187,8 +186,9 @@ class Goodput:
         context = sum(v.cached for v in self.views)
         widest = float((rows / seen[:, None]).max())
         forward = self.time.expected(n, context, n * most * widest, found)
-        self.forward = forward if found == 1.0 else self.time.expected(n, context, most * widest)
-        rate = self.rate or n / float(forward(np.array([float(n)]))[0])
+        sure = forward if found == 1.0 else self.time.expected(n, context, n * most * widest)
+        self.costs = sure(np.arange(n * (1.0 + most * widest) + 1.0)).tolist()
+        rate = self.rate or n / self.costs[n]
         drafting = np.broadcast_to(self.time.drafting(np.arange(1, most + 1), n), most)
         rows[beyond] = drafted[beyond] = 0.0
         for _ in range(2):
@@ -201,7 +201,6 @@ class Goodput:
         def draft(levels: Any, sequences: Any) -> Any:
             return self.time.drafting(far[levels], sequences)
 
-        welcome(records)
         old = [min(r.tokens, most, k) for r, k in zip(records, limits, strict=True)]
         rates = together(gain, rows, forward, draft)
         levels, rate = [int(rates.argmax())] * len(records), float(rates.max())
@@ -215,7 +214,7 @@ class Goodput:
         if rate > (1 + self.MARGIN) * old_rate or not all(r.met for r in records):
             old_rate, self.quiet = rate, 0
             for record, k in zip(records, levels, strict=True):
-                record.tokens, record.met = k, True
+                record.tokens, record.habits.levels, record.met = k, k, True
         self.patience = self.every * min(self.PATIENCE, 1 << self.quiet)
         self.age, self.chosen_for = 0, len(records)
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]

@@ -90,11 +90,11 @@ def curves(
 
 
 def welcome(records: Sequence[Record]) -> None:
-    """Newcomers do as most of those do whose drafts are like theirs."""
+    """Newcomers do as most of those do whose drafts are like theirs, or as the last one did."""
     if all(r.met for r in records):
         return
     for r in records:
         if not r.met:
             known = sorted(o.tokens for o in records if o.met and o.habits is r.habits)
-            r.tokens = known[len(known) // 2] if known else 0
-            r.met = bool(known)
+            levels = known[len(known) // 2] if known else r.habits.levels
+            r.tokens, r.met = levels or 0, levels is not None

@@ -124,9 +124,10 @@ class StepTime:
             guess = self.plain(timings.rows, timings.context, timings.sequences)
             took = whole(timings)
             if guess > 0 and took > 0:
-                tilt = self.tilts.setdefault(timings.sequences.bit_length(), Tilt())
-                x = float(draftlike(timings.rows, timings.sequences))
-                tilt.observe(x, took / guess)
+                crowd = timings.sequences.bit_length()
+                if crowd not in self.tilts:
+                    self.tilts[crowd] = Tilt()
+                self.tilts[crowd].observe(draftlike(timings.rows, timings.sequences), took / guess)
         if not awake:
             return
         if self.cold:
@@ -135,7 +136,8 @@ class StepTime:
         line = self.lines.get(awake.bit_length())
         took = timings.draft / self._speed(timings.sequences)
         if clean:
-            line = self.lines.setdefault(awake.bit_length(), Line())
+            if line is None:
+                line = self.lines[awake.bit_length()] = Line()
             line.observe(levels, took)
         elif line is not None and fresh:
             expected = line.at(max(1, levels))
@@ -155,7 +157,8 @@ def whole(timings: Timings) -> float:
 def draftlike(rows: Any, sequences: int) -> Any:
     """How much of a drafting step it is, 0 to 1. The first drafted rows make most of the
     difference: a draft model has been at the caches, and rows are what the cost model knows."""
-    return 1.0 - np.exp(-SOON * (rows / sequences - 1.0))
+    exponent = -SOON * (rows / sequences - 1.0)
+    return 1.0 - (math.exp(exponent) if isinstance(exponent, float) else np.exp(exponent))
 
 
 def nearest(table: dict[int, T], sequences: int) -> T:
