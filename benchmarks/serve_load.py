@@ -7,7 +7,9 @@ slices a setting stands still, requests and all, and its clock with it. Drafting
 lengths and goodput control are compared by the last three columns: throughput against the better of
 off and the best fixed length; the same over the requests that all of them have answered (all are
 sent the same ones in the same order, and answers differ more than settings do, so in short runs
-this is the one to go by); and latency against the best fixed length's.
+this is the one to go by); and latency against the best fixed length's. Reading prompts is work that
+no setting changes but that falls to one setting's slices or another's: with --longest 600 and 128
+tokens an answer it is a tenth of the time and not half of it.
 
     python benchmarks/serve_load.py --levels 1,4,16 --seconds 60
     python benchmarks/serve_load.py --http --levels 1,2,4,8,16,32 --seconds 300 --json load.json
@@ -49,12 +51,12 @@ BUILT_IN = (
 FIXED = "1,2,3,5,8"
 
 
-def prompts() -> list[str]:
+def prompts(longest: int) -> list[str]:
     file = Path(os.environ.get("FORETELL_DATA", "")) / "spec_bench" / "question.jsonl"
     if not os.environ.get("FORETELL_DATA") or not file.is_file():
         return list(BUILT_IN)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    return [r["turns"][0] for r in rows if len(r["turns"][0]) < 2000]
+    return [r["turns"][0] for r in rows if len(r["turns"][0]) <= longest]
 
 
 @dataclass
@@ -266,7 +268,7 @@ class OverHttp(Setting):
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    texts = prompts()
+    texts = prompts(args.longest)
     lengths = [int(n) for n in args.fixed.split(",")]
     policies = {"off": "fixed"} | {f"fixed {n}": f"fixed:tokens={n}" for n in lengths}
     policies["goodput"] = args.goodput
@@ -368,6 +370,7 @@ def main() -> None:
     p.add_argument("--slice", type=float, default=1.0, help="seconds of one turn")
     p.add_argument("--warm", type=float, default=1.5, help="seconds before a level counts")
     p.add_argument("--tokens", type=int, default=128, help="max_tokens of a request")
+    p.add_argument("--longest", type=int, default=2000, help="characters of a prompt, at most")
     p.add_argument("--eos", action="store_true", help="answers may end before --tokens")
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--max-batch", type=int, default=32)

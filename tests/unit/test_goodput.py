@@ -353,6 +353,16 @@ def test_steps_that_draft_are_told_apart_from_those_that_do_not() -> None:
     assert many == pytest.approx(few, abs=0.05), "more rows are what the cost model says"
 
 
+def test_a_machine_that_changes_is_not_taken_for_what_drafts_cost() -> None:
+    """Busy in the beginning, as servers are, or slower and slower: drafts are not to blame."""
+    busy, slower = Tilt(), Tilt()
+    for step in range(30):
+        busy.observe(float(step < 10), 2.0 if step < 8 else 1.0)
+        slower.observe(float(step >= 15), 1.0 + step / 20)
+    for tilt in (busy, slower):
+        assert abs(tilt.d) < 0.25
+
+
 def test_what_drafts_cost_is_not_forgotten_while_nobody_drafts() -> None:
     time = StepTime(Machine(lambda rows, n: 1.0, 0.1, always(0.5)))
 

@@ -76,12 +76,16 @@ class Tilt:
     """actual / predicted = c + d (x - mean x), over fading observations.
 
     Means, not medians: what a busy machine adds to some steps is part of what steps take.
-    A prediction that is wrong by a factor is mended at once; one that is wrong in its slope as soon
-    as different x were seen. Until then d is 0, and where x stands still d stays what it was.
+    A prediction that is wrong by a factor is mended at once. The slope comes from how far each
+    observation was from the few before it, or else a machine that grows quicker or slower while
+    x changes would be taken for one; it is believed as far as x varied, and slowly forgotten where
+    x stands still.
     """
 
     KEEP = 0.97  # what is left of an observation after every further one
-    RIDGE = 2.0  # how much x must vary before a slope is believed
+    SLOPE = 0.998  # the same of what it says of the slope
+    FEW = 0.7  # what is left of an observation in the mean of the few before
+    RIDGE = 2.0  # how much x must vary before half of a slope is believed
     STEEPEST = 1.0
     LEAST = 0.05
 
@@ -90,8 +94,8 @@ class Tilt:
         self._clear()
 
     def _clear(self) -> None:
-        self.x = self.c = self.d = 0.0
-        self.n = self.sx = self.sr = self.sxx = self.sxr = 0.0
+        self.n = self.x = self.c = self.d = self.sxx = self.sxr = 0.0
+        self.few_x = self.few_r = 0.0  # lately
 
     def at(self, x: Any) -> Any:
         found = self.c + self.d * (x - self.x)
@@ -106,11 +110,13 @@ class Tilt:
             self._add(x, min(r, SURPRISE * self.at(x)))
 
     def _add(self, x: float, r: float) -> None:
-        k = self.KEEP
-        self.n, self.sx, self.sr = k * self.n + 1, k * self.sx + x, k * self.sr + r
-        self.sxx, self.sxr = k * self.sxx + x * x, k * self.sxr + x * r
-        self.x, self.c = self.sx / self.n, self.sr / self.n
-        spread = max(0.0, self.sxx - self.n * self.x * self.x)
-        pull = self.RIDGE * self.d  # to the slope of before
-        slope = (self.sxr - self.n * self.x * self.c + pull) / (spread + self.RIDGE)
+        dx, dr = (x - self.few_x, r - self.few_r) if self.n else (0.0, 0.0)
+        self.sxx = self.SLOPE * self.sxx + dx * dx
+        self.sxr = self.SLOPE * self.sxr + dx * dr
+        lag = self.FEW if self.n else 0.0
+        self.few_x, self.few_r = x + lag * (self.few_x - x), r + lag * (self.few_r - r)
+        self.n = self.KEEP * self.n + 1
+        self.x += (x - self.x) / self.n
+        self.c += (r - self.c) / self.n
+        slope = self.sxr / (self.sxx + self.RIDGE)
         self.d = min(max(slope, -self.STEEPEST), self.STEEPEST)
