@@ -2,14 +2,15 @@
 
 Every setting is a server of its own, with N clients who send a prompt, read the answer, and send
 the next; every answer has --tokens tokens (unless --eos), so that all have the same work. Settings
-take turns in short slices, so that a noisy moment hits all alike: between its
-slices a setting stands still, requests and all, and its clock with it. Drafting off, some fixed
-lengths and goodput control are compared by the last three columns: throughput against the better of
-off and the best fixed length; the same over the requests that all of them have answered (all are
-sent the same ones in the same order, and answers differ more than settings do, so in short runs
-this is the one to go by); and latency against the best fixed length's. Reading prompts is work that
-no setting changes but that falls to one setting's slices or another's: with --longest 600 and 128
-tokens an answer it is a tenth of the time and not half of it.
+take turns in short slices, so that a noisy moment hits all alike: between its slices a setting
+stands still, requests and all, and its clock with it. Drafting off, some fixed lengths and goodput
+control are compared by the last four columns: throughput against the better of off and the best
+fixed length, and its standard error, from leaving out one turn after the other (a tenth after ten
+seconds a setting is nothing unusual: give it time); the same over the requests that all of them
+have answered (all are sent the same ones in the same order, and answers differ more than settings
+do); and latency against the best fixed length's. Reading prompts is work that no setting changes
+but that falls to one setting's slices or another's: with --longest 600 and 128 tokens an answer it
+is a tenth of the time and not half of it.
 
     python benchmarks/serve_load.py --levels 1,4,16 --seconds 60
     python benchmarks/serve_load.py --http --levels 1,2,4,8,16,32 --seconds 300 --json load.json
@@ -63,13 +64,17 @@ def prompts(longest: int) -> list[str]:
 class Tally:
     """What one setting did at one level; seconds are its own clock's."""
 
-    tokens: int = 0
-    seconds: float = 0.0
+    slices: list[tuple[int, float]] = field(default_factory=list)  # tokens, seconds
     took: dict[tuple[int, int], float] = field(default_factory=dict)  # (client, n-th request)
 
     @property
     def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.without(None)
+
+    def without(self, turn: int | None) -> float:
+        """Tokens per second of all slices, or of all but one."""
+        kept = [s for i, s in enumerate(self.slices) if i != turn]
+        return sum(n for n, _ in kept) / sum(s for _, s in kept) if kept else 0.0
 
     @property
     def latency(self) -> float:
@@ -103,8 +108,7 @@ class Setting:
         await self.pause()
         took = time.perf_counter() - start
         self.went_by, self.since = self.went_by + took, None
-        self.tally.tokens += self.counted - before
-        self.tally.seconds += took
+        self.tally.slices.append((self.counted - before, took))
 
     def hire(self, clients: int) -> None:
         self.tasks = [asyncio.create_task(self.client(i)) for i in range(clients)]
@@ -344,16 +348,24 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 def show(level: int, row: dict[str, Tally], header: bool) -> None:
     if header:
         names = "".join(f"{n:>10}" for n in row)
-        print(f"{'clients':>7}{names}{'/ best':>9}{'same':>9}{'latency':>9}   tokens/s")
+        print(f"{'clients':>7}{names}{'/ best':>9}{'+-':>7}{'same':>9}{'latency':>9}   tokens/s")
     fixed = {n: t for n, t in row.items() if n.startswith("fixed")}
     good = row["goodput"]
-    best = max(t.rate for n, t in row.items() if n != "goodput")
+    others = [t for n, t in row.items() if n != "goodput"]
+
+    def ratio(turn: int | None) -> float:
+        return good.without(turn) / max(t.without(turn) for t in others)
+
+    turns = range(min(len(t.slices) for t in row.values()))
+    left_out = [ratio(i) for i in turns] if len(turns) > 1 else [float("nan")] * 2
+    error = (statistics.pvariance(left_out) * (len(left_out) - 1)) ** 0.5  # jackknife
     quickest = min(t.latency for t in fixed.values())
     both = set[tuple[int, int]].intersection(*(set(t.took) for t in row.values()))
-    same = min(t.pace(both) for n, t in row.items() if n != "goodput") / good.pace(both)
+    same = min(t.pace(both) for t in others) / good.pace(both)
     rates = "".join(f"{t.rate:>10.0f}" for t in row.values())
     print(
-        f"{level:>7}{rates}{good.rate / best:>9.3f}{same:>9.3f}{good.latency / quickest:>9.3f}",
+        f"{level:>7}{rates}{ratio(None):>9.3f}{error:>7.3f}{same:>9.3f}"
+        f"{good.latency / quickest:>9.3f}",
         flush=True,
     )
 
