@@ -253,6 +253,14 @@ def test_some_drafts_are_verified_whole_to_hear_of_what_is_doubted() -> None:
     assert policy.trim([draft])[0] is draft
 
 
+def test_drafts_of_a_probe_are_verified_whole() -> None:
+    """Or else what is believed of their rows would keep them from ever showing it."""
+    policy, draft = cutting(0.5), chain([0.05])
+    assert policy.trim([draft])[0] is not draft
+    policy.probes.left = 1
+    assert policy.trim([draft])[0] is draft
+
+
 def test_tokens_that_were_drawn_are_never_cut_nor_trees_nor_what_has_no_scores() -> None:
     """Leaving a drawn token out because of its own chance would change the law of the output."""
     policy = cutting(0.5)

@@ -152,10 +152,11 @@ class Goodput:
 
     def trim(self, trees: Sequence[TokenTree]) -> list[TokenTree]:
         """Cuts drafts, chains of tokens that were not drawn, down to what is worth its rows; now
-        and then not, to hear of tokens that are doubted."""
+        and then not, to hear of tokens that are doubted, and never those of a probe, which is to
+        show what their rows cost."""
         self.drafts = list(trees)
         paths = [v.effort.habits.doubt.path(t) for v, t in zip(self.views, trees, strict=True)]
-        if not self.costs or self.steps % self.WHOLE == 0:
+        if not self.costs or self.probes.left or self.steps % self.WHOLE == 0:
             return self.drafts
         return cut(trees, paths, self.costs, self.rate)
 
