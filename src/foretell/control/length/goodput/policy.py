@@ -188,7 +188,7 @@ class Goodput:
         widest = float((rows / seen[:, None]).max())
         forward = self.time.expected(n, context, n * most * widest, found)
         sure = forward if found == 1.0 else self.time.expected(n, context, n * most * widest)
-        self.costs = sure(np.arange(n * (1.0 + most * widest) + 1.0)).tolist()
+        self.costs = sure(np.arange(n * (1.0 + most) + 1.0)).tolist()  # chains alone are cut
         rate = self.rate or n / self.costs[n]
         drafting = np.broadcast_to(self.time.drafting(np.arange(1, most + 1), n), most)
         rows[beyond] = drafted[beyond] = 0.0
@@ -219,7 +219,7 @@ class Goodput:
         self.patience = self.every * min(self.PATIENCE, 1 << self.quiet)
         self.age, self.chosen_for = 0, len(records)
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
-        self.rate = old_rate
+        self.rate = float(old_rate)
         self.probes.settle(
             self.views, records, levels, limits, most, forward, old_rate, self.prices
         )
