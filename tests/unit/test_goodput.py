@@ -353,6 +353,26 @@ def test_steps_that_draft_are_told_apart_from_those_that_do_not() -> None:
     assert many == pytest.approx(few, abs=0.05), "more rows are what the cost model says"
 
 
+def test_a_newcomer_does_as_the_last_one_did(monkeypatch) -> None:
+    """No choice is made for it: it takes a thousand times as long as asking the policy."""
+    machine = Machine(memory_bound, 0.0, always(0.9))
+    policy = Goodput(machine)
+    machine.run(policy, lambda _: 1, 200)
+    (usual,) = policy.asked
+    monkeypatch.setattr(policy, "_choose", None)
+    view = SeqView([1] * 4, 4, SamplingParams(max_tokens=1 << 20), SeqRng(1))
+    policy.age = 0
+    assert usual > 1
+    assert policy.budgets([view], Load(1))[0].depth == usual
+
+
+def test_rows_of_drafts_that_are_seldom_there_cost_what_they_cost() -> None:
+    machine = Machine(memory_bound, 0.0, always(0.7), always(0.2), longest=8)
+    policy = Goodput(machine)
+    machine.run(policy, lambda _: 1, 200)
+    assert np.diff(policy.costs[1:8]) == pytest.approx(0.02, rel=0.1)
+
+
 def test_a_machine_that_changes_is_not_taken_for_what_drafts_cost() -> None:
     """Busy in the beginning, as servers are, or slower and slower: drafts are not to blame."""
     busy, slower = Tilt(), Tilt()

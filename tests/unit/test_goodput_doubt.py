@@ -12,6 +12,7 @@ import torch
 
 from foretell.control.length.confidence import Confidence
 from foretell.control.length.fixed import Fixed
+from foretell.control.length.goodput.cut import cut
 from foretell.control.length.goodput.doubt import EDGES, FREE, Doubt, Stop, chances, judged
 from foretell.control.length.goodput.habits import Habits
 from foretell.control.length.goodput.policy import Goodput
@@ -238,12 +239,21 @@ def test_drafts_are_cut_together_by_what_rows_really_cost() -> None:
     assert policy.trim([sure, unsure]) == [sure, unsure], "what costs nothing more stays"
 
 
+def test_rows_are_counted_from_those_that_are_there_anyway() -> None:
+    """Four rows are free, and the context has them; beyond the list rows cost what its last do."""
+    draft, paths = TokenTree.chain([1] * 4, [2, 3], score=[0.9, 0.9]), [[0.9, 0.8]]
+    free, last = [0.0] * 5, [0.0, 5.0, 10.0]
+    for costs in ([*free, 5.0, 10.0], last):
+        assert [len(t) for t in cut([draft], paths, costs, 1.0)] == [4]
+    assert cut([draft], paths, [*free, 0.1, 0.2], 1.0) == [draft]
+
+
 def test_what_was_cut_was_found() -> None:
     policy = cutting(0.5)
     policy.asked, policy.stops = [1], [None]
-    (cut,) = policy.trim([chain([0.05])])
+    (left,) = policy.trim([chain([0.05])])
     for _ in range(30):
-        policy.observe([cut], [verdict(0, 0)], Timings(0.1, 1.0, 0.0, 2, 0, 1, True))
+        policy.observe([left], [verdict(0, 0)], Timings(0.1, 1.0, 0.0, 2, 0, 1, True))
     assert policy.views[0].effort.curve(4).found[0] > 0.9
 
 
