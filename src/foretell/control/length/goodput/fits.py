@@ -110,11 +110,12 @@ class Tilt:
             self._add(x, min(r, SURPRISE * self.at(x)))
 
     def _add(self, x: float, r: float) -> None:
-        dx, dr = (x - self.few_x, r - self.few_r) if self.n else (0.0, 0.0)
+        if not self.n:
+            self.few_x, self.few_r = x, r
+        dx, dr = x - self.few_x, r - self.few_r
         self.sxx = self.SLOPE * self.sxx + dx * dx
         self.sxr = self.SLOPE * self.sxr + dx * dr
-        lag = self.FEW if self.n else 0.0
-        self.few_x, self.few_r = x + lag * (self.few_x - x), r + lag * (self.few_r - r)
+        self.few_x, self.few_r = x - self.FEW * dx, r - self.FEW * dr
         self.n = self.KEEP * self.n + 1
         self.x += (x - self.x) / self.n
         self.c += (r - self.c) / self.n
