@@ -77,7 +77,7 @@ def promise(
     seconds = float(forward(total)[0])
     if max(levels) > 0:
         seconds += draft(max(levels), sum(k > 0 for k in levels))
-    return (len(levels) + float(gain[chosen].sum())) / seconds
+    return (len(levels) + float(gain[chosen].sum())) / float(seconds)
 
 
 def other_way(

@@ -33,10 +33,10 @@ class Habits:
         self.sought, self.met = self._zeros(), self._zeros()
         """The first two, of levels whose level above was accepted."""
         self.doubt = Doubt()
-        self.levels: int | None = None  # that such a sequence was last given
         self.more = self._zeros()  # nodes of a level beyond the first
         self.weight = 1.0  # of the next draft: it grows, and so the old ones fade
         self.total = 0  # verdicts on drafts, ever
+        self.levels: int | None = None  # that such a sequence was last given
         self._typical: Typical | None = None  # since the last verdict
 
     def _counts(self) -> tuple[list[float], ...]:

@@ -219,7 +219,7 @@ class Goodput:
         self.patience = self.every * min(self.PATIENCE, 1 << self.quiet)
         self.age, self.chosen_for = 0, len(records)
         levels = [min(r.tokens, k) for r, k in zip(records, limits, strict=True)]
-        self.rate = float(old_rate)
+        self.rate = old_rate
         self.probes.settle(
             self.views, records, levels, limits, most, forward, old_rate, self.prices
         )

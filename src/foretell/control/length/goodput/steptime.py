@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -35,8 +36,8 @@ class StepTime:
         self.draft = draft
         self.plain: Callable[..., float] = getattr(cost, "plain", cost.seconds)
         """As it was measured: the tilts are corrections enough."""
-        self.tilts: dict[int, Tilt] = {}  # by range of sequences
-        self.lines: dict[int, Line] = {}  # drafting by levels, by range of sequences
+        self.tilts: dict[int, Tilt] = defaultdict(Tilt)  # by range of sequences
+        self.lines: dict[int, Line] = defaultdict(Line)  # drafting by levels, by range of sequences
         self.reading: float | None = None  # what drafting for a newcomer takes more: its prompt
         self.steps, self.arrived = 1.0, 0.0  # lately
         self.cold = self.COLD  # first drafts that are not counted: they find memory untouched
@@ -124,22 +125,17 @@ class StepTime:
             guess = self.plain(timings.rows, timings.context, timings.sequences)
             took = whole(timings)
             if guess > 0 and took > 0:
-                crowd = timings.sequences.bit_length()
-                if crowd not in self.tilts:
-                    self.tilts[crowd] = Tilt()
-                self.tilts[crowd].observe(draftlike(timings.rows, timings.sequences), took / guess)
+                tilt = self.tilts[timings.sequences.bit_length()]
+                tilt.observe(draftlike(timings.rows, timings.sequences), took / guess)
         if not awake:
             return
         if self.cold:
             self.cold -= 1
             return
-        line = self.lines.get(awake.bit_length())
         took = timings.draft / self._speed(timings.sequences)
         if clean:
-            if line is None:
-                line = self.lines[awake.bit_length()] = Line()
-            line.observe(levels, took)
-        elif line is not None and fresh:
+            self.lines[awake.bit_length()].observe(levels, took)
+        elif fresh and (line := self.lines.get(awake.bit_length())) is not None:
             expected = line.at(max(1, levels))
             extra = min(max(0.0, took - expected) / fresh, self.MOST * expected)
             if self.reading is None:
