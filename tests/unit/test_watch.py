@@ -18,7 +18,7 @@ from foretell.core.rng import SeqRng
 from foretell.core.tree import TokenTree
 from foretell.drafters.bursts import STEPS, Burst, Heard, Walk, judge
 from foretell.drafters.looks import Looks
-from foretell.drafters.watch import EAGER, MARGIN, SHARE, SPREAD, Watch
+from foretell.drafters.watch import EAGER, MARGIN, SHARE, Watch
 from helpers_model import Cost, pair
 
 
@@ -192,7 +192,7 @@ class World:
         at, spent, burst = 0, 0.0, None
         for step in range(steps):
             arm = watch.leader if burst is None else burst.player
-            if burst is None and watch.due(step):
+            if burst is None and watch.due():
                 burst = watch.begin(arm, at)
             if burst is not None and burst.open:
                 burst.steps += 1
@@ -225,10 +225,10 @@ WORLDS = {
 }
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_little_is_lost_from_the_first_step_on(name: str) -> None:
+@pytest.mark.parametrize(("name", "most"), [("blend", 0.015), ("lookup", 0.045), ("useless", 0.02)])
+def test_little_is_lost_from_the_first_step_on(name: str, most: float) -> None:
     losses = [World(WORLDS[name], s).loss(Watch(4), 600) for s in range(12)]
-    assert sum(losses) / len(losses) < 0.03
+    assert sum(losses) / len(losses) < most
 
 
 def test_steps_that_take_longer_than_modelled_are_found_out() -> None:
@@ -251,7 +251,7 @@ class Stays(Watch):
 
     def choose(self) -> None: ...
 
-    def due(self, step: int) -> bool:
+    def due(self) -> bool:
         return True
 
 
@@ -276,7 +276,7 @@ def test_copies_are_counted_as_each_takes_them() -> None:
 def test_looking_is_paid_for() -> None:
     watch, bursts = Watch(2), 0
     for _ in range(2000):
-        if watch.due(SPREAD):
+        if watch.due():
             watch.begin(0, 0)
             watch.looked(0.5)
             bursts += 1
@@ -284,12 +284,30 @@ def test_looking_is_paid_for() -> None:
     assert EAGER < bursts <= EAGER + 2 + SHARE * 2000 / 0.5
 
 
+def test_all_classes_pay_from_one_purse_and_only_the_first_is_eager() -> None:
+    def spent(watches: list[Watch]) -> float:
+        looked = 0.0
+        for step in range(1000):
+            watch = watches[step // 10 % len(watches)]
+            if watch.due():
+                watch.begin(0, 0)
+                watch.looked(0.5)
+                looked += 0.5
+            watch.earned(1.0)
+        return looked
+
+    first = Watch(2)
+    assert spent([first]) > SHARE * 1000 + 0.5
+    heirs = [first.heir() for _ in range(4)]
+    assert SHARE * 1000 / 2 < spent(heirs) <= SHARE * 1000 + 0.5
+
+
 def test_looks_begin_anywhere_in_a_text() -> None:
     """Most in their first steps would say that there is little to copy."""
     watch, begun = Watch(2, bursts=EAGER), []
     for _ in range(1000):
         for step in range(20):
-            if watch.due(step):
+            if watch.due():
                 begun.append(step)
                 watch.begin(0, 0)
                 watch.looked(5.37 * SHARE * 20)  # one in some five texts
@@ -306,7 +324,7 @@ def test_looks_get_rarer_until_another_takes_the_lead() -> None:
         for _ in range(3000):
             if watch.leader != leader:
                 break
-            if watch.due(SPREAD):
+            if watch.due():
                 watch.begin(0, 0)
                 watch.looked(0.5)
                 watch.saw(burst(*spent))
@@ -358,8 +376,7 @@ def test_the_bandit_watches_and_says_what_plain_decoding_says() -> None:
     got = [o.token_ids for o in llm.generate(prompts, params)]
     plain = LLM(target, draft="none", context=context)
     assert got == [o.token_ids for o in plain.generate(prompts, params)]
-    assert sum(w.bursts for w in bandit.player.known.values()) >= EAGER
-    assert all(w.tokens > 0 for w in bandit.player.known.values())
+    assert max(w.judged for w in bandit.player.known.values()) >= 1
 
 
 class Spy:
@@ -389,7 +406,10 @@ class Spy:
         """Nothing to free."""
 
 
-def test_who_does_not_play_is_shown_and_told_only_what_stands_before_its_place() -> None:
+def test_who_does_not_play_is_shown_and_told_only_what_stands_before_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Watch, "due", lambda self: self.bursts < 1)
     target, context = pair(vocab=3, seed=2)
     spy = Spy()
     parts = [registry.create("drafter", "none", context), spy]
@@ -410,7 +430,8 @@ def test_who_does_not_play_is_shown_and_told_only_what_stands_before_its_place()
     watch = next(iter(bandit.player.known.values()))
     assert watch.judged == 1
     assert watch.leader == 0
-    llm.generate([[1, 2, 0]], SamplingParams(max_tokens=SPREAD + 3, temperature=0.0))
+    monkeypatch.setattr(Watch, "due", lambda self: self.bursts < 2)
+    llm.generate([[1, 2, 0]], SamplingParams(max_tokens=STEPS + 2, temperature=0.0))
     assert watch.judged == 2, "the burst that was under way when the text was over"
 
 
@@ -423,7 +444,7 @@ def test_a_burst_has_one_player_and_its_first_step_catches_up() -> None:
     assert looks.choose(play) == 0
     for at, seconds in ((3, 0.1), (4, 5.0)):  # the first of all is what there is to go by
         view.tokens[3:] = [1] * (at - 3)
-        play.burst, play.steps = None, 100
+        play.burst, play.watch.purse.credit, play.watch.ticks = None, 1.0, 4
         looks.drafted(play, view, Budget(8, 8), TokenTree.context([1]), seconds, 1)
         assert play.burst is not None
         assert looks.drafting[0] == 0.1

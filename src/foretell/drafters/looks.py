@@ -73,7 +73,7 @@ class Looks:
         play.sequences = sequences
         if play.awake and play.steps % EVERY == 0:
             play.modelled = seconds + self._forward(play, tree)
-        if play.burst is None and play.watch.due(play.steps):
+        if play.burst is None and play.watch.due():
             play.burst = play.watch.begin(play.part, play.at)
             play.heard = Heard() if any(self.reads) else None
         burst = play.burst

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 from foretell.drafters.bursts import Burst
 
-EAGER = 6  # bursts before looking is paid for
-APART = 0.618  # multiples of it, modulo 1, are spread evenly: they say where bursts begin
-SPREAD = 24  # steps of a text over which eager bursts are spread
-EVEN = 8  # paid bursts begin in one of so many steps, wherever in a text it is
+EVEN = 8  # bursts begin in one of so many steps, wherever in a text it is
+APART = 0.618  # multiples of it, modulo 1, are spread evenly: they say in which
 PROOF = 3  # bursts before the first drafter is left
 SHARE = 0.02  # of the time decoded, what looking may take
+EAGER = 6  # bursts of the first class for which it may take twice that
 CALM = 8  # bursts with the same leader after which it may take half of that
 RAREST = 0.2  # of `SHARE`, what it may take in any case
 MEMORY = 16.0  # bursts that count; older ones fade
@@ -20,6 +19,13 @@ SURE = 0.5  # and by how many standard errors of that
 SLOW = 0.1  # weight of the last step in what a drafter's steps take beyond the model of them
 FORGET = 0.1  # of what was found out so about a drafter that plays no more, at every burst
 FRESH = 3  # steps that count of such a drafter when it plays again
+
+
+@dataclass(slots=True)
+class Purse:
+    """Seconds that looking may take, in all classes of requests together."""
+
+    credit: float = 0.0
 
 
 @dataclass(slots=True)
@@ -32,10 +38,9 @@ class Watch:
     it. What a step takes is modelled (its drafting, measured, and the forward by the cost model);
     how far that is off is learnt of every drafter when it plays.
 
-    The first `EAGER` bursts are for nothing; later ones are paid from `SHARE` of the time, and from
-    less while they show nothing new. In
-    simulation (tests/unit/test_watch.py) up to 3 % is lost over 600 steps against the best of four
-    drafters, most of it before the first bursts are judged.
+    Bursts are paid from `SHARE` of the time, the first from twice that, and from less while they
+    show nothing new. In simulation (tests/unit/test_watch.py) up to 4 % is lost over 600 steps
+    against the best of four drafters, most of it before the first bursts are judged.
     """
 
     count: int
@@ -49,7 +54,7 @@ class Watch:
     judged: int = 0
     calm: int = 0  # bursts since another drafter took the lead
     leader: int = 0  # who plays
-    credit: float = 0.0  # seconds that looking may take
+    purse: Purse = field(default_factory=Purse)
 
     def __post_init__(self) -> None:
         self.seconds = [0.0] * self.count
@@ -58,22 +63,19 @@ class Watch:
 
     def heir(self) -> Watch:
         """For another class: what is known here is the first guess there, to be looked over."""
-        new = Watch(self.count)
+        new = Watch(self.count, bursts=EAGER, purse=self.purse)
         new.judged = min(self.judged, PROOF // 2)
         weight = new.judged / max(1, self.judged)
         new.tokens, new.seconds = weight * self.tokens, [weight * s for s in self.seconds]
         new.spread = [[weight * s for s in row] for row in self.spread]
         new.off, new.leader = list(self.off), self.leader
-        new.bursts = min(self.bursts, EAGER // 2)
         return new
 
-    def due(self, step: int) -> bool:
-        """Whether a burst is to begin with this step of a text. They are spread over texts, since
-        in the beginning of a text there is less to copy."""
+    def due(self) -> bool:
+        """Whether a burst is to begin with this step. They are spread over texts, since in the
+        beginning of a text there is less to copy."""
         self.ticks += 1
-        if self.bursts < EAGER:
-            return step >= SPREAD * (APART * self.bursts % 1)
-        return self.credit > 0 and APART * self.ticks % 1 < 1 / EVEN
+        return self.purse.credit > 0 and APART * self.ticks % 1 < 1 / EVEN
 
     def rate(self, i: int) -> float:
         """Tokens per second that are expected of a drafter."""
@@ -99,8 +101,7 @@ class Watch:
 
     def looked(self, seconds: float) -> None:
         """The walks took so long."""
-        if self.bursts > EAGER:
-            self.credit -= seconds
+        self.purse.credit -= seconds
 
     def saw(self, burst: Burst) -> None:
         """A burst that is judged."""
@@ -120,8 +121,8 @@ class Watch:
 
     def earned(self, seconds: float) -> None:
         """A step took so long: part of it may be spent on looking."""
-        share = SHARE * max(RAREST, CALM / (CALM + self.calm))
-        self.credit = min(self.credit + share * seconds, seconds)
+        share = 2 * SHARE if self.bursts < EAGER else SHARE * max(RAREST, CALM / (CALM + self.calm))
+        self.purse.credit = min(self.purse.credit + share * seconds, seconds)
 
     def took(self, arm: int, modelled: float, seconds: float) -> None:
         """A step of `arm` took so long."""
