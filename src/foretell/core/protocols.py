@@ -190,6 +190,29 @@ class Ranks(Protocol):
         ...
 
 
+class Chains(Protocol):
+    """Models that can feed their own tokens back, where nobody has to look at the rows."""
+
+    def chains(
+        self,
+        batch: PackedBatch,
+        txn: Txn,
+        levels: Sequence[int],
+        ends: Callable[[int, float], bool] | None = None,
+        draws: Sequence[tuple[float, Sequence[int]]] | None = None,
+    ) -> list[tuple[list[int], list[float]]] | None:
+        """`forward` of a batch of which every segment wants the logits of its last row alone, then
+        of the token that row says, and so on: for each sequence b a chain of up to levels[b] >= 1
+        tokens and their probabilities. All but the last token of each chain are scratch rows of
+        `txn` then. None: do it forward by forward.
+
+        ends(b, probability): whether a chain that could go on ends with this token; without it
+        nobody asks, and the probabilities are left out. draws[b]: a temperature and for each level
+        a key, of which `Races.race` makes the token; temperature 0, or no draws: the most probable
+        token, the lowest id among equals."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a drafter needs from the engine; checked once, at start-up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -48,6 +49,9 @@ class OwnModel:
     ) -> int:
         """Growers that never branch. feeds: what `skip_ahead` returned; returns the forwards run.
         Rows of drafted tokens stay in the cache in case they stand."""
+        rounds = self._chains(caches, feeds, growers)
+        if rounds:
+            return rounds
 
         def forward(frontiers: list[list[int]]) -> Tensor:
             live = [i for i, nodes in enumerate(frontiers) if nodes]
@@ -65,6 +69,39 @@ class OwnModel:
             return logits
 
         return grow_level_by_level(growers, forward)
+
+    def _chains(
+        self, caches: list[OwnCache], feeds: list[list[int]], growers: Sequence[Any]
+    ) -> int:
+        """All of it in one call, where the model can (`core.protocols.Chains`); 0 where not."""
+        run = getattr(self.model, "chains", None)
+        if run is None or self.model.spec.vocab > self.vocab:
+            return 0
+        draws = [d for g in growers if hasattr(g, "alone") and (d := g.alone()) is not None]
+        if len(draws) < len(growers):
+            return 0
+        budgets, seen = [g.budget for g in growers], [list[float]() for _ in growers]
+
+        def ends(b: int, score: float) -> bool:
+            seen[b].append(score)
+            stop = budgets[b].stop
+            return stop is not None and stop(seen[b])
+
+        own = [c.cache for c in caches]
+        levels = [min(b.depth, b.nodes) for b in budgets]
+        with self.model.open(own) as txn:
+            batch = PackedBatch([chain_segment(f, c.n) for f, c in zip(feeds, own, strict=True)])
+            asked = any(b.stop is not None for b in budgets)
+            noisy = any(temperature for temperature, _ in draws)
+            chains = run(batch, txn, levels, ends if asked else None, draws if noisy else None)
+            if chains is None:
+                return 0
+            fed = [[*f, *ids[:-1]] for f, (ids, _) in zip(feeds, chains, strict=True)]
+            txn.commit([range(len(f)) for f in fed])
+        for cache, rows, grower, chain in zip(caches, fed, growers, chains, strict=True):
+            cache.fed += rows
+            grower.take(*chain)
+        return max(len(ids) for ids, _ in chains)
 
     def grow_trees(
         self, caches: list[OwnCache], feeds: list[list[int]], growers: Sequence[Grower]

@@ -7,11 +7,10 @@
 // float32: where the best two are so close that this could decide, the answer is left to the caller.
 //
 // Plain loops over blocks: every compiler vectorises them for every instruction set.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "noise.h"
 
-#define FT_API extern "C" __attribute__((visibility("default")))
+#include <math.h>
+#include <string.h>
 
 namespace {
 
@@ -61,9 +60,7 @@ struct Best {
 
 }  // namespace
 
-// The token, or -1 where it is too close to call or the logits are not fit for it (NaN, infinity).
-// logits [vocab]; temperature: a positive number.
-FT_API int64_t ft_race(const float* logits, int64_t vocab, double temperature, uint64_t key) {
+int64_t ft_race(const float* logits, int64_t vocab, double temperature, uint64_t key) {
   const float infinity = __builtin_inff();
   int32_t high = ordered(bits_of(-infinity)), low = high;
   for (int64_t i = 0; i < vocab; ++i) {

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from foretell.core.batch import Segment
+from foretell.core.tree import counted
 from foretell.drafters.trees.shape import Grower
 
 Forward = Callable[[list[list[int]]], Tensor]
@@ -73,5 +74,5 @@ class Scratch:
 def chain_segment(tokens: Sequence[int], start: int) -> Segment:
     """Rows for `tokens` from position `start` on; logits after the last."""
     n = len(tokens)
-    positions = np.arange(start, start + n, dtype=np.int64)
-    return Segment(np.asarray(tokens, np.int64), positions, None, np.array([n - 1]))
+    ids = np.array(tokens, np.int64)
+    return Segment(ids, counted(start, start + n), None, counted(n - 1, n))
