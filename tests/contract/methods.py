@@ -67,6 +67,7 @@ DRAFTERS = {
     ],
     "blend": [
         "blend:of=suffix+token-recycling(nodes=12),floor=0.02",
+        "blend:of=suffix(branching=2),floor=0.1",
         "blend:of=prompt-lookup(min_ngram=1)+suffix(branching=3)+token-recycling(nodes=4),nodes=5,floor=0",
     ],
     "bandit": [

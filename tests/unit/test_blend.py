@@ -130,10 +130,13 @@ def test_the_pace_is_that_of_what_was_emitted() -> None:
     assert tokens / seconds > 1 / Cost(0.1).seconds(1, 0, 1), "quicker than a token a plain step"
 
 
-def drafted(each: float, tokens: int = 200) -> tuple[float, Blend]:
+BOTH = ("suffix", "token-recycling:nodes=9")
+
+
+def drafted(each: float, tokens: int = 200, of: tuple[str, ...] = BOTH) -> tuple[float, Blend]:
     """Nodes a step where a row more costs so much."""
     target, context = pair()
-    parts = [registry.create("drafter", d, context) for d in ("suffix", "token-recycling:nodes=9")]
+    parts = [registry.create("drafter", d, context) for d in of]
     blend = Blend(parts, cost=Cost(each))
     llm = LLM(target, draft=blend, context=context)
     stats = llm.generate([[1, 2, 3, 1, 2]], SamplingParams(max_tokens=tokens))[0].stats
@@ -144,6 +147,12 @@ def test_the_dearer_a_row_the_smaller_the_tree() -> None:
     sizes = [drafted(each)[0] for each in (0.0, 0.1, 0.4)]
     assert sizes[0] > sizes[1] > sizes[2] > 0
     assert drafted(3.0)[0] < 0.2, "where a row costs three steps none pays"
+
+
+def test_a_part_alone_is_cut_too() -> None:
+    sizes = [drafted(each, of=("suffix",))[0] for each in (0.0, 0.3, 3.0)]
+    assert sizes[0] > sizes[1] > 0
+    assert sizes[2] < 0.2
 
 
 def test_what_is_not_drafted_goes_on_being_judged() -> None:
@@ -157,6 +166,6 @@ def test_a_part_that_draws_is_refused() -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    for spec in ("blend:nodes=0", "blend:floor=1", "blend:floor=-0.1", "blend:of=suffix"):
+    for spec in ("blend:nodes=0", "blend:floor=1", "blend:floor=-0.1"):
         with pytest.raises(InputError):
             registry.create("drafter", spec, pair()[1])

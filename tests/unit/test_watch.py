@@ -18,7 +18,7 @@ from foretell.core.rng import SeqRng
 from foretell.core.tree import TokenTree
 from foretell.drafters.bursts import STEPS, Burst, Heard, Walk, judge
 from foretell.drafters.looks import Looks
-from foretell.drafters.watch import EAGER, MARGIN, SHARE, Watch
+from foretell.drafters.watch import EAGER, MARGIN, PROOF, SHARE, Watch
 from helpers_model import Cost, pair
 
 
@@ -235,7 +235,7 @@ def test_steps_that_take_longer_than_modelled_are_found_out() -> None:
     """The first drafter looks best, but its steps take half as much again."""
     real = [2.0, 1.3, 1.2, 1.0]
     losses = [World(WORLDS["blend"], s).loss(Watch(4), 400, real) for s in range(12)]
-    assert sum(losses) / len(losses) < 0.06
+    assert sum(losses) / len(losses) < 0.08
 
 
 def test_a_drafter_that_becomes_good_is_seen_while_another_plays() -> None:
@@ -353,6 +353,19 @@ def test_bursts_that_agree_on_nothing_do_not_depose_the_leader() -> None:
     for _ in range(12):
         watch.saw(burst(0.7, 0.6))
     assert watch.leader == 1
+
+
+def test_a_small_lead_is_not_enough_while_rare_luck_may_not_have_come_yet() -> None:
+    """Three bursts that agree on a tenth; where they agree on half they are enough."""
+    for other, leader in ((0.9, 0), (0.5, 1)):
+        watch = Watch(2)
+        for _ in range(PROOF):
+            assert watch.leader == 0
+            watch.saw(burst(1.0, other))
+        assert watch.leader == leader
+        for _ in range(12):
+            watch.saw(burst(1.0, other))
+        assert watch.leader == 1
 
 
 def test_one_slow_step_is_not_held_against_a_drafter_for_ever() -> None:

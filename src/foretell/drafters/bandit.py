@@ -18,7 +18,7 @@ from foretell.drafters.pulls import Pulls
 
 EAR = 16  # one step of so many of other parts' is told to a part that reads rows of logits
 RULES = ("watch", "ucb", "exp3")
-DEFAULT = "blend(of=suffix+prompt-lookup)+blend+none"
+DEFAULT = "blend(of=suffix)+blend+none"
 
 
 class Player(Protocol):

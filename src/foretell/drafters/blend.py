@@ -35,8 +35,8 @@ class BlendState:
 
 
 class Blend(Composed):
-    """All parts draft (``of=A+B``); of the union of their trees, prefixes shared, as many of the
-    likeliest nodes are kept as are worth their seconds on this machine (`tables.pace`).
+    """All parts draft (``of=A+B``, or one, ``of=A``); of the union of their trees, prefixes shared,
+    as many of the likeliest nodes are kept as are worth their seconds here (`tables.pace`).
 
     How likely a node is, is learnt from what came true: by which parts drafted it and what each
     said of it (its score, or its rank among its siblings), two that agree being a case of their
@@ -57,7 +57,8 @@ class Blend(Composed):
 
     name = "blend"
     paper = "RASD: Retrieval-Augmented Speculative Decoding"
-    summary = "the likeliest nodes of several tables' trees, as many as pay (of=A+B)"
+    summary = "the likeliest nodes of one or several tables' trees, as many as pay (of=A+B)"
+    least = 1
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ CALM = 8  # bursts with the same leader after which it may take half of that
 RAREST = 0.2  # of `SHARE`, what it may take in any case
 MEMORY = 16.0  # bursts that count; older ones fade
 MARGIN = 0.02  # by how much another has to be better
-SURE = 0.5  # and by how many standard errors of that
+SURE = 0.7  # and by how many standard errors of that
+SKEW = 0.4  # of a burst's time, what one of a kind not seen yet may save
 SLOW = 0.1  # weight of the last step in what a drafter's steps take beyond the model of them
 FORGET = 0.1  # of what was found out so about a drafter that plays no more, at every burst
 FRESH = 3  # steps that count of such a drafter when it plays again
@@ -108,12 +109,14 @@ class Watch:
         self.judged += 1
         self.calm += 1
         keep, spent = 1 - 1 / MEMORY, burst.seconds()
+        # Copies come in rare long runs: what was not among the first bursts may come yet.
+        unseen = (SKEW * max(spent)) ** 2 if not self.tokens else 0.0
         self.tokens = keep * self.tokens + burst.end - burst.start
         for i, seconds in enumerate(spent):
             self.seconds[i] = keep * self.seconds[i] + seconds
             for j, other in enumerate(spent):
                 gap = seconds * self.off[i] - other * self.off[j]
-                self.spread[i][j] = keep * self.spread[i][j] + gap * gap
+                self.spread[i][j] = keep * self.spread[i][j] + gap * gap + unseen
             if i != self.leader:  # what was measured once may have been an accident
                 self.off[i] += FORGET * (1.0 - self.off[i])
                 self.steps[i] = min(self.steps[i], FRESH)
@@ -121,8 +124,8 @@ class Watch:
 
     def earned(self, seconds: float) -> None:
         """A step took so long: part of it may be spent on looking."""
-        share = 2 * SHARE if self.bursts < EAGER else SHARE * max(RAREST, CALM / (CALM + self.calm))
-        self.purse.credit = min(self.purse.credit + share * seconds, seconds)
+        share = 2.0 if self.bursts < EAGER else max(RAREST, CALM / (CALM + self.calm))
+        self.purse.credit = min(self.purse.credit + share * SHARE * seconds, seconds)
 
     def took(self, arm: int, modelled: float, seconds: float) -> None:
         """A step of `arm` took so long."""
