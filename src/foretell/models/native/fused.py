@@ -23,6 +23,7 @@ from foretell.core.protocols import Caps, ModelSpec
 from foretell.kernels.library import FORMATS, Library
 from foretell.models.cache.contiguous import ContiguousCache, ContiguousTxn
 from foretell.models.native.arch import Arch
+from foretell.models.native.chains import ChainCall, Draws, Ends, Question
 from foretell.models.native.families import LLAMA_NAMES, Names, describe
 from foretell.models.native.packing import MATRICES, NORMS, Kind, Packer, read_slots
 from foretell.models.native.rotations import Rotations
@@ -47,7 +48,6 @@ _SIGNATURES = {
     "ft_forward": (ctypes.c_int, (_P, _P)),
     "ft_chain": (ctypes.c_int, (_P, _P, _P)),
 }
-_CHAIN = 8  # numbers of a Chain (kernels/chain.h)
 _INT64 = np.dtype(np.int64)
 _SHORT_TABLE = 5  # an Outcome of the same header
 _CALL = 22  # numbers of a Call (kernels/forward.h), before its lists
@@ -187,42 +187,28 @@ class FusedModel:
         batch: PackedBatch,
         txn: ContiguousTxn,
         levels: Sequence[int],
-        ends: Callable[[int, float], bool] | None = None,
-        draws: Sequence[tuple[float, Sequence[int]]] | None = None,
+        ends: Ends | None = None,
+        draws: Draws | None = None,
     ) -> list[tuple[list[int], list[float]]] | None:
         """Feed back what the rows say (core/protocols.py, `Chains`)."""
         if self._varies:
             return None
-        count, room = len(levels), max(levels)
-        # most [B], made [B], tokens [B, room] and scores [B, room] behind the numbers of a `Chain`
-        memory = array("Q", [0] * (_CHAIN + 2 * count + 2 * count * room))
-        at, base = _CHAIN + 2 * count, memory.buffer_info()[0]
-        memory[0], memory[1], memory[2] = room, base + 8 * _CHAIN, base + 8 * (_CHAIN + count)
-        memory[3], memory[_CHAIN : _CHAIN + count] = base + 8 * at, array("Q", levels)
-        if ends is not None:
-            memory[4], memory[5] = base + 8 * (at + count * room), self._question.address
-            self._question.ends = ends
-        if draws is not None:
-            temperatures = array("d", [t for t, _ in draws])
-            keys = array("Q", [k for _, each in draws for k in (*each, *[0] * (room - len(each)))])
-            memory[6], memory[7] = temperatures.buffer_info()[0], keys.buffer_info()[0]
-        self._run(
-            *(batch, txn, self._layers),
-            logits=torch.empty(count, self.arch.vocab),
-            best=np.empty(count, np.int64),
-            wanted=batch.logit_rows(),
-            chain=(room, memory),
-        )
-        self._question.settle()
-        made, found = memory[_CHAIN + count : at].tolist(), []
-        scores = memoryview(memory).cast("B").cast("d")
-        for i, (segment, n) in enumerate(zip(batch.segments, made, strict=True)):
-            txn.caches[i].used += len(segment.tokens) + n - 1
-            txn.scratch[i] += len(segment.tokens) + n - 1
-            first = at + i * room
-            said = first + count * room
-            sure = [] if ends is None else scores[said : said + n].tolist()
-            found.append((memory[first : first + n].tolist(), sure))
+        chain = ChainCall(levels, self._question, ends, draws)
+        try:
+            self._run(
+                *(batch, txn, self._layers),
+                logits=torch.empty(len(levels), self.arch.vocab),
+                best=np.empty(len(levels), np.int64),
+                wanted=batch.logit_rows(),
+                chain=chain,
+            )
+        finally:
+            self._question.settle()
+        found = chain.found()
+        for i, (segment, (ids, _)) in enumerate(zip(batch.segments, found, strict=True)):
+            n = len(segment.tokens) + len(ids) - 1
+            txn.caches[i].used += n
+            txn.scratch[i] += n
         return found
 
     @torch.inference_mode()
@@ -283,11 +269,11 @@ class FusedModel:
         hidden: Mapping[Tap, Tensor] = MappingProxyType({}),
         x_in: Tensor | None = None,
         x_out: Tensor | None = None,
-        chain: tuple[int, array[int]] | None = None,
+        chain: ChainCall | None = None,
     ) -> None:
-        """Lay out a `Call` with its lists behind it in one array, and run it. chain: rows that may
-        follow it in each cache, and the numbers of a `Chain` (kernels/chain.h)."""
-        room = 0 if chain is None else chain[0]
+        """Lay out a `Call` with its lists behind it in one array, and run it and what `chain` has
+        follow it."""
+        room = 0 if chain is None else chain.room
         segments, caches = batch.segments, txn.caches
         if len(segments) != len(caches):
             raise ValueError("one segment a cache, please")
@@ -341,9 +327,8 @@ class FusedModel:
         lists = ((3, _CALL), (8, turns), (15, taps), (18, embeds))
         if best is not None:
             numbers[21] = _address(best)
-        then = None if chain is None else chain[1]
         code = self._call(
-            numbers, batch.rows, lists, x_in=x_in, x_out=x_out, logits=logits, chain=then
+            numbers, batch.rows, lists, x_in=x_in, x_out=x_out, logits=logits, chain=chain
         )
         if code == _SHORT_TABLE and not self._varies:
             for rope in self._ropes:
@@ -381,7 +366,7 @@ class FusedModel:
         x_in: Tensor | None = None,
         x_out: Tensor | None = None,
         logits: Tensor | None = None,
-        chain: array[int] | None = None,
+        chain: ChainCall | None = None,
     ) -> int:
         numbers[0], numbers[1] = self.threads or torch.get_num_threads(), rows
         numbers[6] = 0 if x_in is None else x_in.data_ptr()
@@ -394,7 +379,7 @@ class FusedModel:
         for field, at in lists:
             memory[field] = base + 8 * at
         if chain is not None:
-            return self._cdll.ft_chain(self._handle, base, chain.buffer_info()[0])
+            return self._cdll.ft_chain(self._handle, base, chain.address)
         return self._cdll.ft_forward(self._handle, base)
 
     def _problem(self, code: int) -> Exception:
@@ -474,31 +459,6 @@ class FusedModel:
         if name in self.packed:
             weight, bias = self.packed[name], self.packed.get(name + ".bias")
             self._cdll.ft_model_norm(handle, layer, role, weight.data_ptr(), _at(bias))
-
-
-class Question:
-    """Lets the library ask `ends(b, score)`, as `core.protocols.Chains` has it."""
-
-    _TYPE = ctypes.CFUNCTYPE(_L, _L, ctypes.c_double)
-
-    def __init__(self) -> None:
-        self.ends: Callable[[int, float], bool] | None = None
-        self.failed: BaseException | None = None
-        self._function = self._TYPE(self._ask)
-        self.address = ctypes.cast(self._function, _P).value or 0
-
-    def _ask(self, b: int, score: float) -> bool:
-        try:
-            return self.ends is None or self.ends(b, score)
-        except BaseException as e:  # between two frames of C nobody would hear of it
-            self.failed = e
-            return True
-
-    def settle(self) -> None:
-        """After the call: forget who answered; raise what went wrong there."""
-        failed, self.failed, self.ends = self.failed, None, None
-        if failed is not None:
-            raise failed
 
 
 def _collect(packer: Packer, progress: Progress | None) -> dict[str, Tensor]:
