@@ -18,6 +18,7 @@ from foretell.drafters.draft_model import DraftModel
 from foretell.drafters.trees.chain import ChainGrower
 from foretell.drafters.trees.drive import chain_segment
 from foretell.kernels import build
+from foretell.models.native.arch import Arch
 from foretell.models.native.fused import FusedModel
 from foretell.models.quant.formats import FORMATS
 from helpers_bitexact import NAMES, random_arch
@@ -99,6 +100,7 @@ def test_they_are_what_forwards_say(seed: int) -> None:
         found = model.chains(batch, txn, levels, ends if asked else None, draws if noisy else None)
         assert found is not None
         fed = [[*f, *ids[:-1]] for f, (ids, _) in zip(feeds, found, strict=True)]
+        assert txn.scratch == [c.used - c.n for c in caches] == list(map(len, fed))
         txn.commit([range(len(f)) for f in fed])
     assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
     for (ids, scores), (_, truth), n in zip(found, wanted, levels, strict=True):
@@ -118,6 +120,27 @@ def test_they_are_what_forwards_say(seed: int) -> None:
 
 def small(kind: Any = torch.float32) -> FusedModel:
     return FusedModel.random(random_arch(random.Random(3)), kind, 5, NAMES)
+
+
+@pytest.mark.parametrize("length", [62, 252])
+def test_there_is_room_for_all_of_it(length: int) -> None:
+    """The cache is full after two rows more; the table of rotations ends at position 255."""
+    model = FusedModel.random(Arch.llama(61, 32, 2, 2, 2, 48), seed=1, gain=3.0)
+    (cache,) = prefilled(model, random.Random(0), [length])
+    twin = model.new_cache()
+    twin.copy_prefix(cache, length)
+    if length == 62:
+        assert cache.capacity == 64
+    wanted, _ = one_by_one(model, twin, [1], 8, None, None)
+    model._ropes[0].table = model._ropes[0].table[:256]
+    with model.open([cache]) as txn:
+        found = model.chains(PackedBatch([chain_segment([1], length)]), txn, [8])
+        txn.commit([range(8)])
+    assert found is not None
+    assert found[0][0] == wanted
+    assert cache.capacity >= length + 8
+    feed(model, twin, [1, *wanted[:-1]])
+    assert torch.equal(feed(model, twin, [2]), feed(model, cache, [2]))
 
 
 @pytest.mark.parametrize("isa", build.supported())
@@ -203,3 +226,14 @@ def test_a_drafter_drafts_the_same(
     assert (calls[0] > 0) == (policy != "entropy")
     monkeypatch.setattr(FusedModel, "chains", lambda *_: None)
     assert run() == alone
+
+
+def test_it_keeps_to_the_budget_and_to_what_its_cache_holds() -> None:
+    model = FusedModel.random(Arch.llama(61, 32, 2, 2, 2, 48), seed=1, gain=3.0)
+    drafter = DraftModel(model, 61)
+    v = view(Draw.TOP, 9)
+    state = drafter.begin(v)
+    for budget, wanted in ((Budget(2, 5), 2), (Budget(9, 3), 3), (Budget(9, 9), 8)):
+        (tree,) = drafter.propose([state], [v], [budget])
+        assert len(tree) - tree.n_context == wanted
+        assert len(state.fed) == state.cache.n == len(v.tokens) + wanted - 1

@@ -299,6 +299,7 @@ def test_all_classes_pay_from_one_purse_and_only_the_first_is_eager() -> None:
     first = Watch(2)
     assert spent([first]) > SHARE * 1000 + 0.5
     heirs = [first.heir() for _ in range(4)]
+    assert all(heir.purse is first.purse for heir in heirs)
     assert SHARE * 1000 / 2 < spent(heirs) <= SHARE * 1000 + 0.5
 
 
