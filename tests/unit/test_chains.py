@@ -118,10 +118,6 @@ def test_they_are_what_forwards_say(seed: int) -> None:
         assert torch.equal(feed(model, twin, [1]), feed(model, cache, [1]))
 
 
-def small(kind: Any = torch.float32) -> FusedModel:
-    return FusedModel.random(random_arch(random.Random(3)), kind, 5, NAMES)
-
-
 @pytest.mark.parametrize("length", [62, 252])
 def test_there_is_room_for_all_of_it(length: int) -> None:
     """The cache is full after two rows more; the table of rotations ends at position 255."""
@@ -162,7 +158,7 @@ def test_the_probability_of_a_token(isa: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_goes_wrong_in_an_answer_is_heard_of() -> None:
-    model = small()
+    model = FusedModel.random(random_arch(random.Random(3)), torch.float32, 5, NAMES)
     cache = model.new_cache()
 
     def ends(b: int, score: float) -> bool:

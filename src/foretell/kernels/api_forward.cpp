@@ -1,4 +1,5 @@
 // The plain C edge of the fused forward. Handles are pointers; whoever makes one frees it.
+#include "chain.h"
 #include "forward.h"
 
 #define FT_API extern "C" __attribute__((visibility("default")))
@@ -58,3 +59,7 @@ FT_API void ft_model_table(Model* m, int64_t which, const void* data, int64_t ty
 }
 
 FT_API int ft_forward(const Model* m, const Call* c) { return forward(*m, *c); }
+
+FT_API int ft_chain(const Model* m, const Call* first, const Chain* out) {
+  return chain(*m, *first, *out);
+}

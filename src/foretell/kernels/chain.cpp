@@ -66,9 +66,3 @@ int chain(const Model& m, const Call& first, const Chain& out) {
 }
 
 }  // namespace ft
-
-extern "C" __attribute__((visibility("default"))) int ft_chain(const ft::Model* m,
-                                                               const ft::Call* first,
-                                                               const ft::Chain* out) {
-  return ft::chain(*m, *first, *out);
-}

@@ -29,7 +29,10 @@ from foretell.core.tree import TokenTree
 
 
 class Grower(Protocol):
-    """One draft of one sequence under construction; `growing.Growing` is a base for them."""
+    """One draft of one sequence under construction; `growing.Growing` is a base for them.
+
+    Two methods are optional, together: ``alone()`` and ``take(tokens, scores)``, of drafts that a
+    model can grow without anybody looking at its rows (`chain.ChainGrower`)."""
 
     tokens: list[int]  # ids of the nodes so far; parents come before children
     paths: list[list[int]]  # for each node, the nodes from the tip's child down to it
