@@ -14,6 +14,7 @@ from foretell.core.errors import InputError
 from foretell.core.protocols import Budget, Draw, SeqView
 from foretell.core.rng import Purpose, SeqRng
 from foretell.core.rows import peak
+from foretell.core.stop import PathStop
 from foretell.drafters.draft_model import DraftModel
 from foretell.drafters.trees.chain import ChainGrower
 from foretell.drafters.trees.drive import chain_segment
@@ -116,6 +117,53 @@ def test_they_are_what_forwards_say(seed: int) -> None:
         twin.copy_prefix(cache, cache.n - len(rows))
         feed(model, twin, rows)
         assert torch.equal(feed(model, twin, [1]), feed(model, cache, [1]))
+
+
+@pytest.mark.parametrize("isa", build.supported())
+@pytest.mark.parametrize("seed", range(6))
+def test_stops_end_chains_as_if_they_were_asked(
+    seed: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edges, rates and least chances in numbers: the same tokens and probabilities; scores on an
+    edge belong above it, and behind the last of `least`, or without any, nothing ends."""
+    monkeypatch.setenv("FORETELL_KERNELS", isa)
+    r = random.Random(seed)
+    model = FusedModel.random(Arch.llama(61, 32, 2, 2, 2, 48), seed=seed, gain=3.0)
+    count = 3
+    caches = prefilled(model, r, [5, 9, 0])
+    levels = [7, 3, 8]
+
+    def grow(ends: Any) -> list[tuple[list[int], list[float]]]:
+        with model.open(caches) as txn:
+            batch = PackedBatch([chain_segment([b], c.n) for b, c in enumerate(caches)])
+            found = model.chains(batch, txn, levels, ends)
+        assert found is not None
+        return found
+
+    whole = grow(lambda b, score: False)
+    edges = [sorted(whole[0][1])[3], 0.9, 0.95]  # the first is one of the scores
+    assert [len(ids) for ids, _ in whole] == levels
+
+    def stops() -> list[PathStop]:
+        rates = [sorted(r.uniform(0.3, 1.0) for _ in range(4)) for _ in range(count)]
+        least = [[r.uniform(0.1, 0.6) for _ in range(r.randint(2, 9))] for _ in range(count)]
+        never = r.randrange(count)
+        rates[never] = least[never] = []
+        return [PathStop(edges, a, b) for a, b in zip(rates, least, strict=True)]
+
+    shorter = 0
+    for _ in range(12):
+        told = stops()
+        seen: list[list[float]] = [[] for _ in told]
+
+        def ask(b: int, score: float, told: Any = told, seen: Any = seen) -> bool:
+            seen[b].append(score)
+            return told[b](seen[b])
+
+        found = grow(told)
+        assert found == grow(ask)
+        shorter += sum(len(ids) for ids, _ in found) < sum(levels)
+    assert shorter > 4
 
 
 @pytest.mark.parametrize("length", [62, 252])
@@ -233,3 +281,21 @@ def test_it_keeps_to_the_budget_and_to_what_its_cache_holds() -> None:
         (tree,) = drafter.propose([state], [v], [budget])
         assert len(tree) - tree.n_context == wanted
         assert len(state.fed) == state.cache.n == len(v.tokens) + wanted - 1
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_stop_knows_whether_it_has_ended_a_draft(alike: bool) -> None:
+    """Told in numbers, where all have the same edges, or asked."""
+    model = FusedModel.random(Arch.llama(61, 32, 2, 2, 2, 48), seed=1, gain=3.0)
+    drafter = DraftModel(model, 61)
+    views = [view(Draw.TOP, 9) for _ in range(3)]
+    states = [drafter.begin(v) for v in views]
+    edges = (0.5,)
+    first = PathStop(edges, (1.0, 1.0), (0.0, 2.0))  # behind two tokens
+    never = PathStop(edges, (1.0, 1.0), ())
+    other = PathStop(edges if alike else (0.0,), (0.0, 1.0), (0.0, 0.0, 0.5))
+    budgets = [Budget(9, 5, stop=s) for s in (first, never, other)]
+    trees = drafter.propose(states, views, budgets)
+    lengths = [len(t) - t.n_context for t in trees]
+    assert lengths == [2, 5, 3 if alike else 5]
+    assert [first.said, never.said, other.said] == [True, False, alike]

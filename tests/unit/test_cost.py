@@ -43,6 +43,16 @@ def test_context_and_company_add_to_the_curve(model: NativeModel) -> None:
     assert cost.seconds(500) > cost.seconds(8)
 
 
+def test_a_step_between_two_numbers_of_rows_is_learned(model: NativeModel) -> None:
+    """The fifth row needs another pass over the weights."""
+    cost = MeasuredCost(model)
+    cost._curve, cost._table = CURVE, [CURVE.at(max(1, n)) for n in range(9)]
+    for rows in [3, 4, 5, 6] * 150:
+        cost.observe(rows, 0, 1, 1.3e-3 if rows < 5 else 2e-3)
+    truth = [1.3e-3, 1.3e-3, 2e-3, 2e-3]
+    assert [cost.seconds(n) for n in (3, 4, 5, 6)] == pytest.approx(truth, rel=0.02)
+
+
 def test_use_corrects_the_prediction(model: NativeModel) -> None:
     """The machine is half as fast as measured, and 8 rows cost another 30 % more."""
     cost = MeasuredCost(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import operator
 import random
@@ -351,6 +352,72 @@ def test_steps_that_draft_are_told_apart_from_those_that_do_not() -> None:
     assert plain == pytest.approx(1.0, abs=0.05)
     assert few == pytest.approx(1.4, abs=0.1)
     assert many == pytest.approx(few, abs=0.05), "more rows are what the cost model says"
+
+
+def test_another_pass_over_the_weights_is_noticed() -> None:
+    """Two rows at a time, while the cost model has a straight line; what was seen once is not
+    believed, and other numbers of rows are none the dearer for it."""
+    straight = GivenCosts([0.9, 1.0, 1.2, 1.6, 2.4])  # 0.1 a row
+    time, r = StepTime(straight), random.Random(0)
+    truth = {n: 0.9 + 0.2 * ((n - 1) // 2) for n in range(1, 9)}
+    for _ in range(600):
+        n = r.randint(2, 7)
+        took = truth[n] * r.uniform(0.85, 1.15)
+        time.observe(Timings(0.1, took, 0.0, n, 0, 1, True), n - 1, 1)
+    found = time.forward(range(2, 8), 0, 1)
+    assert np.diff(found) == pytest.approx([0.2, 0.0, 0.2, 0.0, 0.2], abs=0.05)
+    before = time.forward([12, 13], 0, 1)
+    time.observe(Timings(0.1, 10.0, 0.0, 13, 0, 1, True), 12, 1)
+    after = time.forward([12, 13], 0, 1)
+    assert after[1] / after[0] < 1.1 * before[1] / before[0]
+
+
+def test_stairs_are_climbed_where_they_end() -> None:
+    """A curve that knows every other number of rows alone, and a drafter that says how sure it is:
+    drafts end on the last row of a stair, and that pays."""
+
+    def stairs(rows: int, sequences: int) -> float:
+        return 1.0 + 0.5 * ((rows - 1) // 4)
+
+    class Smooth(Machine):
+        def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
+            return 1.0 + 0.125 * (rows - 1)
+
+    machine = Smooth(stairs, 0.01, always(0.8), scores=(0.5, 0.8, 0.95), noise=0.1)
+    policy = Goodput(machine)
+    machine.run(policy, lambda _: 1, 600)
+    rows = collections.Counter[int]()
+    observe = policy.observe
+
+    def counted(trees, verdicts, timings) -> None:
+        rows[timings.rows] += 1
+        observe(trees, verdicts, timings)
+
+    policy.observe = counted  # type: ignore[method-assign]
+    machine.run(policy, lambda _: 1, 600)
+    assert rows[4] + rows[8] > 0.8 * rows.total(), rows
+
+
+def test_steps_are_learned_from_together_and_none_is_lost() -> None:
+    """Sequences that have left in the meantime included."""
+    machine = Machine(memory_bound, 0.01, always(0.7), lifetime=5)
+    policy = Goodput(machine)
+    judged = 0
+    observe = policy.observe
+
+    def counted(trees, verdicts, timings) -> None:
+        nonlocal judged
+        judged += sum(v.checked for v in verdicts)
+        observe(trees, verdicts, timings)
+
+    policy.observe = counted  # type: ignore[method-assign]
+    machine.run(policy, lambda _: 3, 203)
+    (habits,) = policy.habits.values()
+    assert policy.lessons.heard, "in the middle of a batch"
+    assert len(policy.lessons.heard) < policy.lessons.LAG
+    assert habits.total < judged
+    policy.lessons.learn()
+    assert habits.total == judged
 
 
 def test_a_newcomer_does_as_the_last_one_did(monkeypatch) -> None:

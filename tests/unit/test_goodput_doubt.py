@@ -13,7 +13,7 @@ import torch
 from foretell.control.length.confidence import Confidence
 from foretell.control.length.fixed import Fixed
 from foretell.control.length.goodput.cut import cut
-from foretell.control.length.goodput.doubt import EDGES, FREE, Doubt, Stop, chances, judged
+from foretell.control.length.goodput.doubt import EDGES, FREE, Doubt, judged
 from foretell.control.length.goodput.habits import Habits
 from foretell.control.length.goodput.policy import Goodput
 from foretell.control.length.goodput.prices import Prices, prices
@@ -23,6 +23,7 @@ from foretell.core.params import SamplingParams
 from foretell.core.protocols import Budget, Load, SeqView, Timings
 from foretell.core.rng import SeqRng
 from foretell.core.rows import peak
+from foretell.core.stop import PathStop, chances
 from foretell.core.tree import TokenTree
 from foretell.drafters.draft_model import DraftModel
 from foretell.models.toy import ToyModel
@@ -144,7 +145,7 @@ def test_drafts_are_foreseen(price: list[float], row: float) -> None:
     for level in range(1, 5 if len(price) == 3 else 4):
         for draft in itertools.product((0.05, 0.75), repeat=level):
             if not any(stop(draft[:n]) for n in range(1, level)):
-                chance = chances(rates, draft)[-1]
+                chance = chances(EDGES, rates, draft)[-1]
                 drafted[level - 1] += 0.5**level
                 kept[level - 1] += 0.5**level * (chance >= row)
                 gain[level - 1] += 0.5**level * chance * (chance >= row)
@@ -285,7 +286,7 @@ def test_ends_that_the_policy_asked_for_are_not_held_against_the_drafter() -> No
     policy = Goodput(Talkative(0.2, 0.9))
     for _ in range(40):
         policy.budgets([view_of()], Load())
-        policy.stops = [Stop((0.5,) * 16, [2.0])]
+        policy.stops = [PathStop(EDGES, (0.5,) * 16, [2.0])]
         assert policy.stops[0]([0.05])
         policy.asked = [4]
         policy.observe([chain([0.05])], [verdict(1, 1)], Timings(0.1, 1.0, 0.0, 2, 0, 1, True))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from foretell.core.batch import Output, PackedBatch, Tap
 from foretell.core.feedback import Feedback, Verdict
 from foretell.core.rng import SeqRng
+from foretell.core.stop import PathStop
 from foretell.core.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class Chains(Protocol):
         batch: PackedBatch,
         txn: Txn,
         levels: Sequence[int],
-        ends: Callable[[int, float], bool] | None = None,
+        ends: Callable[[int, float], bool] | Sequence[PathStop] | None = None,
         draws: Sequence[tuple[float, Sequence[int]]] | None = None,
     ) -> list[tuple[list[int], list[float]]] | None:
         """`forward` of a batch of which every segment wants the logits of its last row alone, then
@@ -206,8 +207,9 @@ class Chains(Protocol):
         tokens and their probabilities. All but the last token of each chain are scratch rows of
         `txn` then. None: do it forward by forward.
 
-        ends(b, probability): whether a chain that could go on ends with this token; without it
-        nobody asks, and the probabilities are left out. draws[b]: a temperature and for each level
+        ends(b, probability): whether a chain that could go on ends with this token; or ends[b], all
+        of the same edges, which are not called; without any nobody asks, and the probabilities are
+        left out. draws[b]: a temperature and for each level
         a key, of which `Races.race` makes the token; temperature 0, or no draws: the most probable
         token, the lowest id among equals."""
         ...

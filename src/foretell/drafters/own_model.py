@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.protocols import KVCache, TargetModel, Txn
+from foretell.core.stop import PathStop
 from foretell.drafters.trees.drive import Scratch, chain_segment, grow_level_by_level
 from foretell.drafters.trees.shape import Grower
 
@@ -82,22 +83,28 @@ class OwnModel:
             return 0
         budgets, seen = [g.budget for g in growers], [list[float]() for _ in growers]
 
-        def ends(b: int, score: float) -> bool:
+        def ask(b: int, score: float) -> bool:
             seen[b].append(score)
             stop = budgets[b].stop
             return stop is not None and stop(seen[b])
 
+        stops = [b.stop for b in budgets if isinstance(b.stop, PathStop)]
+        known = len(stops) == len(budgets) and all(s.edges is stops[0].edges for s in stops)
         own = [c.cache for c in caches]
         levels = [min(b.depth, b.nodes) for b in budgets]
         with self.model.open(own) as txn:
             batch = PackedBatch([chain_segment(f, c.n) for f, c in zip(feeds, own, strict=True)])
             asked = any(b.stop is not None for b in budgets)
             noisy = any(temperature for temperature, _ in draws)
-            chains = run(batch, txn, levels, ends if asked else None, draws if noisy else None)
+            ends = (stops if known else ask) if asked else None
+            chains = run(batch, txn, levels, ends, draws if noisy else None)
             if chains is None:
                 return 0
             fed = [[*f, *ids[:-1]] for f, (ids, _) in zip(feeds, chains, strict=True)]
             txn.commit([range(len(f)) for f in fed])
+        if known:
+            for stop, k, (ids, _) in zip(stops, levels, chains, strict=True):
+                stop.said = len(ids) < k
         for cache, rows, grower, chain in zip(caches, fed, growers, chains, strict=True):
             cache.fed += rows
             grower.take(*chain)

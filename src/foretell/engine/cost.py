@@ -27,7 +27,7 @@ from foretell.core import machine
 from foretell.core.protocols import TargetModel
 from foretell.engine.curve import Curve
 
-VERSION = 1
+VERSION = 2
 
 
 class MeasuredCost:
@@ -45,7 +45,7 @@ class MeasuredCost:
         self._curve: Curve | None = None
         self._table: list[float] = []  # curve.at(n) for small n
         self._all = 0.0
-        self._range = [0.0] * 16
+        self._range = [0.0] * 32
         self.errors: list[float] = []  # |predicted / actual - 1| of the last forwards
 
     @cached_property
@@ -122,7 +122,9 @@ class MeasuredCost:
 
 
 def _bucket(rows: int) -> int:
-    return min(15, int(2 * math.log2(rows))) if rows > 1 else 0
+    """Each number of rows up to 16 by itself: many a row more is nearly free, some need another
+    pass over the weights. Then those of half an octave."""
+    return max(0, rows - 1) if rows <= 16 else min(31, 16 + int(2 * math.log2(rows / 16)))
 
 
 def identity(model: TargetModel) -> str:

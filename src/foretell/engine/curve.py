@@ -13,7 +13,7 @@ import torch
 from foretell.core.batch import PackedBatch, Segment
 from foretell.core.protocols import TargetModel
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (*range(1, 11), 12, 16, 24, 32, 48, 64)
 CONTEXT = 1024  # committed rows behind which the slopes are measured
 SECONDS = 0.12  # spent on one point, at least
 REPEATS = 5  # of one point, at least

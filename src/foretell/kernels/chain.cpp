@@ -25,6 +25,14 @@ double share(const float* x, int64_t n, int64_t token, float top, double t) {
   return std::exp((double)(x[token] - top) / t) / (double)sum(total);
 }
 
+// chance: of the path so far, and then with this token
+bool falls(const Chain& out, int64_t b, int64_t level, double score, double& chance) {
+  int64_t range = 0;
+  while (range < out.edge_count && score >= out.edges[range]) ++range;
+  chance *= out.rates[b * (out.edge_count + 1) + range];
+  return chance < out.least[b * out.levels + level];
+}
+
 }  // namespace
 
 int chain(const Model& m, const Call& first, const Chain& out) {
@@ -33,6 +41,7 @@ int chain(const Model& m, const Call& first, const Chain& out) {
   std::vector<Segment> segments((size_t)count);
   std::vector<int64_t> live((size_t)count), tokens((size_t)count), positions((size_t)count);
   std::vector<Turns> turns(first.turns, first.turns + first.turn_count);
+  std::vector<double> chances((size_t)count, 1.0);
   for (int64_t b = 0; b < count; ++b) live[(size_t)b] = b;
   for (int64_t level = 0;; ++level) {
     const int code = forward(m, c);
@@ -48,6 +57,7 @@ int chain(const Model& m, const Call& first, const Chain& out) {
       out.made[b] = level + 1;
       if (out.scores) out.scores[at] = share(row, m.vocab, token, row[best], t > 0 ? t : 1.0);
       if (level + 1 >= out.most[b] || (out.ask && out.ask(b, out.scores[at]))) continue;
+      if (out.edges && falls(out, b, level, out.scores[at], chances[(size_t)b])) continue;
       const Segment& s = first.segments[b];
       segments[(size_t)n] = Segment{n, 1, s.cache, s.capacity, s.committed,
                                     s.used + s.rows + level, s.positions, nullptr, 0};

@@ -13,6 +13,10 @@ struct Chain {
   int64_t* tokens;      // [B, levels]
   double* scores;       // [B, levels] probability of each, or null: nobody asks
   int64_t (*ask)(int64_t sequence, double score);  // whether to end behind this token, or null
+  const double* edges;  // [edge_count] between ranges of probability, rising; or null: no stops
+  int64_t edge_count;
+  const double* rates;  // [B, edge_count + 1] what a token of each range makes of its path's chance
+  const double* least;  // [B, levels] the chance of a path below which it ends behind 1, 2, .. tokens
   const double* temperatures;  // [B] of softmax(logits / T) over noise, 0: the most probable; or null
   const uint64_t* keys;        // [B, levels] of the noise (noise.cpp)
 };

@@ -6,9 +6,11 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 
-Ends = Callable[[int, float], bool]
+from foretell.core.stop import PathStop
+
+Ends = Callable[[int, float], bool] | Sequence[PathStop]
 Draws = Sequence[tuple[float, Sequence[int]]]
-_NUMBERS = 8  # of a Chain, before its lists
+_NUMBERS = 12  # of a Chain, before its lists
 _ASK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_double)
 
 
@@ -16,7 +18,7 @@ class Question:
     """Lets the library ask whether a chain ends; one is made for a model, since that takes long."""
 
     def __init__(self) -> None:
-        self.ends: Ends | None = None
+        self.ends: Callable[[int, float], bool] | None = None
         self.failed: BaseException | None = None
         self._function = _ASK(self._ask)
         self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
@@ -50,12 +52,28 @@ class ChainCall:
         m[0], m[1], m[2] = self.room, at + 8 * _NUMBERS, at + 8 * (_NUMBERS + self.count)
         m[3], m[_NUMBERS : _NUMBERS + self.count] = at + 8 * self.tokens, array("Q", levels)
         if ends is not None:
-            m[4], m[5], question.ends = at + 8 * self.scores, question.address, ends
+            m[4] = at + 8 * self.scores
+        if callable(ends):
+            m[5], question.ends = question.address, ends
+        elif ends is not None:
+            self._tell(ends)
         if draws is not None:
             rest = [0] * self.room
             self.temperatures = array("d", [t for t, _ in draws])
             self.keys = array("Q", [k for _, keys in draws for k in [*keys, *rest][: self.room]])
-            m[6], m[7] = self.temperatures.buffer_info()[0], self.keys.buffer_info()[0]
+            m[10], m[11] = self.temperatures.buffer_info()[0], self.keys.buffer_info()[0]
+
+    def _tell(self, stops: Sequence[PathStop]) -> None:
+        """Stops of the same edges."""
+        edges = stops[0].edges
+        self.edges = array("d", [*edges, 0.0])  # an empty array has no address
+        self.rates, self.least = array("d"), array("d")
+        for stop in stops:
+            self.rates.extend(stop.rates or [1.0] * (len(edges) + 1))
+            self.least.extend([*stop.least, *[0.0] * self.room][: self.room])
+        m = self.memory
+        m[6], m[7] = self.edges.buffer_info()[0], len(edges)
+        m[8], m[9] = self.rates.buffer_info()[0], self.least.buffer_info()[0]
 
     def found(self) -> list[tuple[list[int], list[float]]]:
         """Of each sequence the tokens, and their probabilities where somebody was asked."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +11,14 @@ import numpy as np
 from foretell.control.length.company import tried
 from foretell.control.length.goodput.prices import Prices
 from foretell.core.feedback import Verdict
+from foretell.core.stop import PathStop, chances
 from foretell.core.tree import TokenTree
 
 EDGES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 LEAST = 0.02  # P(drafted) of the last level that is foreseen
 STEP = 0.05  # of the logarithm of a path's chance, where drafts are foreseen
 CELLS = 80  # of them; paths with less chance are alike
+BEYOND = CELLS + np.arange(CELLS) - np.arange(CELLS)[:, None]
 FREE = 0.01  # tokens that drafting a level further costs: less is not worth a look
 
 
@@ -29,22 +28,6 @@ class Outlook(NamedTuple):
     drafted: np.ndarray  # P(the level is drafted)
     kept: np.ndarray  # P(it is verified)
     gain: np.ndarray  # accepted tokens that it brings
-
-
-@dataclass(slots=True)
-class Stop:
-    """A `Budget.stop`. least [K]: the chances of a path below which it ends behind 1, 2, .. levels.
-    rates: of acceptance, by score."""
-
-    rates: Sequence[float]
-    least: Sequence[float]
-    said: bool = False  # it has ended a draft
-
-    def __call__(self, scores: Sequence[float]) -> bool:
-        level = len(scores)
-        if level <= len(self.least):
-            self.said = chances(self.rates, scores)[-1] < self.least[level - 1]
-        return self.said
 
 
 class Doubt:
@@ -119,16 +102,16 @@ class Doubt:
             return []
         scores = tree.score[tree.n_context :].tolist()
         self.saw(scores)
-        return chances(self.rates(), scores) if self.ready else []
+        return chances(EDGES, self.rates(), scores) if self.ready else []
 
-    def stop(self, prices: Prices) -> Stop:
+    def stop(self, prices: Prices) -> PathStop:
         """Ends drafts where the next level would not be worth drafting; none, as long as there is
         no doubt and where drafting costs next to nothing (what is verified of it is `cut`)."""
         if not self.ready or max(prices.draft, default=0.0) < FREE:
-            return Stop((), ())
+            return PathStop(EDGES, (), ())
         if self._least is None or self._least[0] is not prices:
             self._least = prices, self.least(prices).tolist()
-        return Stop(self.rates(), self._least[1])
+        return PathStop(EDGES, self.rates(), self._least[1])
 
     def least(self, prices: Prices) -> np.ndarray:
         """[K] the least chance of a path behind which to draft on: a token more is verified if it
@@ -148,26 +131,16 @@ class Doubt:
         first, later = self.shares()
         cell = np.minimum(np.rint(-np.log(np.maximum(rates, 1e-9)) / STEP), CELLS - 1).astype(int)
         chance = np.exp(-STEP * np.arange(CELLS))  # of a path
-        mass = np.bincount(cell, first, CELLS)  # of drafts, by the chance of their path
         kernel = np.bincount(cell, later, CELLS)
-        found = Outlook(np.zeros(most), np.zeros(most), np.zeros(most))
-        for level in range(min(most, len(least) + 1)):
-            if level:
-                mass = np.convolve(np.where(chance >= least[level - 1], mass, 0.0), kernel)
-                mass[CELLS - 1] = mass[CELLS - 1 :].sum()
-                mass = mass[:CELLS]
-            found.drafted[level] = mass.sum()
-            if found.drafted[level] < LEAST:
-                break
-            kept = np.where(chance >= prices.row, mass, 0.0)
-            found.kept[level], found.gain[level] = kept.sum(), kept @ chance
-        return found
-
-
-def chances(rates: Sequence[float], scores: Sequence[float]) -> list[float]:
-    """That the first 1, 2, .. tokens with these scores, one behind the other, are all accepted;
-    falling."""
-    return list(accumulate((rates[bisect_right(EDGES, s)] for s in scores), mul))
+        onward = np.concatenate([np.zeros(CELLS), kernel])[BEYOND]  # [from, to]
+        onward[:, -1] = kernel[::-1].cumsum()
+        mass = np.zeros((most, CELLS))  # of drafts, by the chance of their path
+        mass[0] = np.bincount(cell, first, CELLS)
+        for level in range(1, min(most, len(least) + 1)):
+            mass[level] = np.where(chance >= least[level - 1], mass[level - 1], 0.0) @ onward
+        drafted = mass.sum(1)
+        mass *= np.minimum.accumulate(drafted >= LEAST)[:, None] & (chance >= prices.row)
+        return Outlook(drafted, mass.sum(1), mass @ chance)
 
 
 def judged(tree: TokenTree, verdict: Verdict) -> Iterator[tuple[int, bool]]:
@@ -181,5 +154,4 @@ def judged(tree: TokenTree, verdict: Verdict) -> Iterator[tuple[int, bool]]:
 
 def is_chain(tree: TokenTree) -> bool:
     """Whether something is drafted, and a node a level."""
-    n = len(tree) - tree.n_context
-    return n > 0 and bool(tree.depth[-1] - tree.depth[tree.tip] == n)
+    return len(tree) > tree.n_context and tree.is_chain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any
 
@@ -121,3 +122,30 @@ class Tilt:
         self.c += (r - self.c) / self.n
         slope = self.sxr / (self.sxx + self.RIDGE)
         self.d = min(max(slope, -self.STEEPEST), self.STEEPEST)
+
+
+class Stairs:
+    """What forwards of 1, 2, 3, .. rows take over what is expected: where one row more needs
+    another pass over the weights a forward takes a step up, which a curve through some of its
+    points misses, and so does one that was measured in a busy moment. Means of fading
+    observations, shrunk to 1."""
+
+    KEEP = 0.995  # what is left of an observation after every further one of the same rows
+    RIDGE = 16.0  # observations that the expectation is worth
+    EXACT = 16  # each number of rows up to this is by itself, then those of a quarter of an octave
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[float, float]] = {}  # observations, and what is over 1 of all
+
+    def at(self, rows: int) -> float:
+        n, over = self.seen.get(self._place(rows), (0.0, 0.0))
+        return 1.0 + over / (n + self.RIDGE)
+
+    def observe(self, rows: int, ratio: float) -> None:
+        i = self._place(rows)
+        n, over = self.seen.get(i, (0.0, 0.0))
+        over = self.KEEP * over + min(ratio, SURPRISE) - 1.0
+        self.seen[i] = self.KEEP * n + 1.0, over
+
+    def _place(self, rows: int) -> int:
+        return rows if rows <= self.EXACT else self.EXACT + int(4 * math.log2(rows / self.EXACT))

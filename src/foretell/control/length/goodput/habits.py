@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from foretell.control.length.goodput.doubt import Doubt, is_chain
+from foretell.control.length.goodput.doubt import Doubt
 from foretell.core.feedback import Verdict
 from foretell.core.tree import TokenTree
 
@@ -106,7 +106,7 @@ def widths(tree: TokenTree) -> list[int]:
     n = len(tree) - tree.n_context
     if not n:
         return []
-    if is_chain(tree) and len(tree.live) == len(tree):
+    if tree.is_chain and tree.drafted == n:
         return [1] * n
     levels = tree.depth[tree.live] - tree.depth[tree.tip]
     return np.bincount(levels[levels > 0]).tolist()[1:]

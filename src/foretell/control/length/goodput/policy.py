@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from foretell.control.length.company import decided
 from foretell.control.length.fixed import UNLIMITED, Fixed
 from foretell.control.length.goodput.allocate import allocate, promise, together
 from foretell.control.length.goodput.cut import cut
-from foretell.control.length.goodput.doubt import Stop
-from foretell.control.length.goodput.habits import Habits, widths
+from foretell.control.length.goodput.habits import Habits
+from foretell.control.length.goodput.lessons import Lessons, Step
 from foretell.control.length.goodput.prices import Prices, prices
 from foretell.control.length.goodput.probes import Probes
 from foretell.control.length.goodput.records import Record, curves, welcome
@@ -23,6 +22,7 @@ from foretell.core.costs import GivenCosts
 from foretell.core.errors import InputError
 from foretell.core.feedback import Verdict
 from foretell.core.protocols import Budget, BuildContext, CostModel, Load, SeqView, Timings
+from foretell.core.stop import PathStop
 from foretell.core.tree import TokenTree
 
 FALLBACK = 4  # levels, where nothing is known about costs
@@ -64,7 +64,6 @@ class Goodput:
     OWN = 0.05  # what lengths of their own must promise more than one length for all: estimates err
     NAP = 4  # steps without drafts after which catching up takes no time to speak of
     PATIENCE = 4  # where choices change nothing they come the more seldom, at most this much
-    CROWD = 32  # with more sequences not every step is learned from
     WHOLE = 64  # of so many steps one is verified whole
     SOME = 4  # where nobody drafts one of so many steps is learned from
 
@@ -75,6 +74,7 @@ class Goodput:
         self.cost, self.tokens, self.every = cost, tokens, every
         self.time = StepTime(cost, draft)
         self.probes = Probes(self.time, plain=draft is None)
+        self.lessons = Lessons(self.time, self._record)
         self.habits: dict[Any, Habits] = {}  # by way of drawing and drafter
         self.views: list[SeqView] = []
         self.asked: list[int] = []
@@ -88,7 +88,7 @@ class Goodput:
         self.prices = Prices()
         self.costs: list[float] = []  # seconds of a forward of 0, 1, 2, .. rows, now
         self.drafts: list[TokenTree] = []  # of this step, before they were cut
-        self.stops: list[Stop | None] = []  # of this step
+        self.stops: list[PathStop | None] = []  # of this step
         self.nothing: list[Budget] = []  # the last budgets, where they were all nothing
 
     @classmethod
@@ -179,6 +179,7 @@ class Goodput:
         return 4 * moved > self.chosen_for or not any(r.met for r in records)
 
     def _choose(self, records: Sequence[Record], limits: Sequence[int]) -> None:
+        self.lessons.learn()
         most = self.tokens if self.time.known else min(START, self.tokens)
         gain, rows, drafted, seen = curves(records, most)
         beyond = np.arange(most) >= np.array(limits)[:, None]
@@ -229,32 +230,14 @@ class Goodput:
     ) -> None:
         if self.nothing and self.steps % self.SOME:
             return
-        awake, levels = sum(k > 0 for k in self.asked), 0
-        crowd = 1 + len(self.views) // self.CROWD
-        if awake and (self.probes.drafting or self.steps % crowd == 0):
-            levels = self._learn(trees, verdicts)
-        elif crowd > 1:
-            awake = 0  # so many verdicts a step that some of the steps teach enough
+        cold, probe = self.probes.cold, bool(self.probes.drafting)
         self.probes.observe(timings, verdicts, self.rate)
-        self.time.observe(timings, levels, awake, self.fresh, self.clean, not self.probes.cold)
-
-    def _learn(self, trees: Sequence[TokenTree], verdicts: Sequence[Verdict]) -> int:
-        """From the verdicts of a step; returns the levels of the deepest draft."""
-        deepest = 0
-        judged = decided(self.views, trees, verdicts)
-        for i, ((view, tree, verdict), asked, stop) in enumerate(
-            zip(judged, self.asked, self.stops, strict=False)
-        ):
-            if asked:
-                draft = self.drafts[i] if self.drafts else tree
-                record, drafted = self._record(view), widths(draft)
-                record.observe(asked, len(drafted), verdict)
-                if stop is not None and stop.said:
-                    asked = len(drafted)  # that there were no more says nothing of the drafter
-                record.habits.observe(asked, drafted, verdict)
-                record.habits.doubt.observe(tree, verdict)
-                deepest = max(deepest, len(drafted))
-        return deepest
+        self.lessons.take(
+            Step(
+                *(self.steps, self.views, self.asked, self.stops, self.drafts),
+                *(trees, verdicts, timings, self.fresh, self.clean, cold, probe),
+            )
+        )
 
     def _record(self, view: SeqView) -> Record:
         if view.effort is None:

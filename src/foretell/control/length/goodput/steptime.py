@@ -9,19 +9,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from foretell.control.length.goodput.fits import Line, Tilt
+from foretell.control.length.goodput.fits import Line, Stairs, Tilt
 from foretell.core.protocols import CostModel, Timings
 
 T = TypeVar("T")
 SOON = 4.0  # drafted rows a sequence, to the power of e
-OFFSETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+OFFSETS = (*range(13), 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 class StepTime:
     """Seconds of a step by its rows, levels and sequences.
 
     cost: the target's forwards, as somebody measured them; what really happens tilts it, for each
-    range of sequences (1, 2-3, 4-7, ..) by itself. Drafting is kept in units of what forwards took
+    range of sequences (1, 2-3, 4-7, ..) by itself, and then for each number of rows (`Stairs`).
+    Drafting is kept in units of what forwards took
     at that moment, since whatever slows the machine down slows both. draft: what drafting a level
     takes, in the unit of `cost`; then nothing is learned from the clock.
     """
@@ -35,8 +36,9 @@ class StepTime:
     def __init__(self, cost: CostModel, draft: float | None = None) -> None:
         self.draft = draft
         self.plain: Callable[..., float] = getattr(cost, "plain", cost.seconds)
-        """As it was measured: the tilts are corrections enough."""
+        """As it was measured: what is learned here corrects it."""
         self.tilts: dict[int, Tilt] = defaultdict(Tilt)  # by range of sequences
+        self.stairs = Stairs()
         self.lines: dict[int, Line] = defaultdict(Line)  # drafting by levels, by range of sequences
         self.reading: float | None = None  # what drafting for a newcomer takes more: its prompt
         self.steps, self.arrived = 1.0, 0.0  # lately
@@ -65,7 +67,7 @@ class StepTime:
 
     def forward(self, rows: Sequence[int], context: int, sequences: int) -> np.ndarray:
         """A forward and its verification for each number of rows; rising."""
-        plain = [self.plain(n, context, sequences) for n in rows]
+        plain = [self.plain(n, context, sequences) * self.stairs.at(n) for n in rows]
         if not self.tilts:
             return np.array(plain)
         tilt = nearest(self.tilts, sequences)
@@ -126,7 +128,9 @@ class StepTime:
             took = whole(timings)
             if guess > 0 and took > 0:
                 tilt = self.tilts[timings.sequences.bit_length()]
-                tilt.observe(draftlike(timings.rows, timings.sequences), took / guess)
+                x, ratio = draftlike(timings.rows, timings.sequences), took / guess
+                tilt.observe(x, ratio)
+                self.stairs.observe(timings.rows, ratio / tilt.at(x))
         if not awake:
             return
         if self.cold:
