@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from foretell import LLM, SamplingParams
 from foretell.core import registry
 from foretell.core.costs import paying
 from foretell.core.errors import InputError
+from foretell.core.protocols import Budget, Needs, Promise, SeqView
+from foretell.core.rng import SeqRng
 from foretell.core.tree import TokenTree
 from foretell.drafters.blend import Blend
 from foretell.drafters.tables.pace import LOOK, Pace, StepCosts
+from foretell.drafters.tables.sketch import Sketch
 from foretell.drafters.tables.trust import MEMORY, SHARED, Trust, said
 from foretell.drafters.tables.union import Union, judge, likeliest
 from helpers_model import Cost, pair
@@ -21,7 +25,7 @@ from helpers_model import Cost, pair
 def union(*trees: TokenTree) -> Union:
     whole = Union()
     for part, tree in enumerate(trees):
-        whole.add(tree, part, len(trees))
+        whole.add(Sketch.of(tree), part, len(trees))
     return whole
 
 
@@ -39,6 +43,73 @@ def test_a_union_shares_prefixes_and_remembers_who_said_what() -> None:
         [0, said(0.2, 1)],
         [0, said(0.7, 0)],
     ]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_union_is_that_of_the_paths(seed: int) -> None:
+    """Against a table of paths, for one to three drafters, with and without scores, siblings of
+    the same token included; what is handed in stays as it was."""
+    r = random.Random(seed)
+    parts = r.randint(1, 3)
+    whole, said_of, handed = Union(), {}, []
+    for part in range(parts):
+        n, scored = r.randint(0, 7), r.random() < 0.5
+        parents = [r.randint(-1, i - 1) for i in range(n)]
+        levels = [0] * n + [0]
+        for i, above in enumerate(parents):
+            levels[i] = levels[above] + 1
+        tokens = [r.randrange(3) for _ in parents]
+        scores = [r.random() for _ in parents] if scored else None
+        lists = tokens, [*parents], levels[:n], scores and [*scores]
+        sketch = Sketch(*lists) if seed % 2 else Sketch(np.array(tokens, np.int64), *lists[1:])
+        whole.add(sketch, part, parts)
+        handed.append((sketch, (tokens, parents, levels[:n], scores)))
+        paths, ranks = {-1: ()}, dict[int, int]()
+        for i, above in enumerate(parents):
+            paths[i] = (*paths[above], tokens[i])
+            rank = ranks[above] = ranks.get(above, -1) + 1
+            mark = said(scores[i], 0) if scores else said(None, rank)
+            said_of.setdefault(paths[i], [0] * parts)[part] = mark
+    for sketch, before in handed:
+        assert tuple(x if x is None else list(x) for x in sketch) == before
+    found = {-1: ()}
+    for i, (token, above) in enumerate(zip(whole.tokens, whole.parents, strict=True)):
+        assert above < i
+        found[i] = (*found[above], token)
+        assert whole.levels[i] == len(found[i])
+    del found[-1]
+    assert len(set(found.values())) == len(found)
+    assert {path: whole.marks[i] for i, path in found.items()} == said_of
+
+
+class Given:
+    """Drafts one tree."""
+
+    name, shapes, needs = "given", frozenset({"tree", "onehot"}), Needs()
+    promise = Promise.EXACT
+
+    def __init__(self, tree: TokenTree) -> None:
+        self.tree = tree
+
+    def begin(self, view: SeqView) -> None: ...
+
+    def propose(self, states: list, views: list, budgets: list) -> list[TokenTree]:
+        return [self.tree] * len(views)
+
+
+def test_what_pays_is_kept_wherever_it_stands_in_the_tree() -> None:
+    """The second child is the likelier one; its seconds are counted."""
+    scores = [0.1, 0.99, 0.1, 0.99]
+    tree = TokenTree.build([8, 9], [1, 2, 3, 4], [-1, -1, 0, 1], score=scores)
+    blend = Blend([Given(tree)], cost=Cost(0.2))  # type: ignore[list-item]
+    view = SeqView([8, 9], 1, SamplingParams(), SeqRng(0))
+    state = blend.begin(view)
+    (found,) = blend.propose([state], [view], [Budget(9, 9)])
+    assert found.tokens.tolist()[-2:] == [2, 4]
+    assert found.parent.tolist()[-2:] == [found.tip, found.tip + 1]
+    assert state.seconds >= Cost(0.2).seconds(3)
+    assert state.union is not None
+    assert state.union.levels == [1, 1, 2, 2]
 
 
 def test_nodes_that_are_no_candidates_stay_out() -> None:

@@ -31,7 +31,8 @@ from foretell.drafters.tables.ranks import (
     best_size,
     paper_tree,
 )
-from foretell.drafters.tables.stop import grown, kept
+from foretell.drafters.tables.sketch import sketched
+from foretell.drafters.tables.stop import kept
 from foretell.drafters.tables.trigrams import TriGrams, mixed, monte_carlo
 from helpers_model import TableModel
 
@@ -78,7 +79,7 @@ def test_kept_leaves_out_what_lies_below() -> None:
     assert kept(lambda s: False, [-1, 0], [0.9, 0.2]).tolist() == [True, True]
     levels = np.array([1, 1, 2, 2, 3])
     arrays = (np.arange(5), np.array(parents), levels, np.array(scores))
-    tree = grown([8, 9], *arrays, keep=np.array([1, 0, 1, 0, 1], bool))
+    tree = sketched(*arrays, keep=np.array([1, 0, 1, 0, 1], bool)).tree([8, 9])
     tree.validate(10)
     assert paths_of(tree) == [(0,), (0, 2), (0, 2, 4)]
     assert tree.score.tolist() == [1, 1, 0.9, 0.1, 0.9]

@@ -12,9 +12,8 @@ import numpy as np
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, Needs, Promise, SeqView
-from foretell.core.tree import TokenTree
 from foretell.drafters.tables.sharing import check_share, shares
-from foretell.drafters.tables.stop import grown
+from foretell.drafters.tables.sketch import NOTHING, Sketch, Sketches, sketched
 from foretell.drafters.tables.trigrams import Successors, TriGrams, mixed, monte_carlo
 
 
@@ -29,7 +28,7 @@ class AdedState:
     known: int = 0
 
 
-class Aded:
+class Aded(Sketches):
     """Drafts a tree from what followed the last two tokens, two by two, by Monte-Carlo search.
 
     Three tables add up: the request's own text, the outputs of past requests, and a `corpus` (a
@@ -99,15 +98,15 @@ class Aded:
     def observe(self, states: Sequence[AdedState], feedback: Sequence[Feedback]) -> None:
         """The table reads the committed tokens when it next proposes."""
 
-    def propose(
+    def sketch(
         self, states: Sequence[AdedState], views: Sequence[SeqView], budgets: Sequence[Budget]
-    ) -> list[TokenTree]:
+    ) -> list[Sketch]:
         return [self._one(s, v, b) for s, v, b in zip(states, views, budgets, strict=True)]
 
-    def _one(self, state: AdedState, view: SeqView, budget: Budget) -> TokenTree:
+    def _one(self, state: AdedState, view: SeqView, budget: Budget) -> Sketch:
         tokens = view.tokens
         if budget.none or len(tokens) < 2:
-            return TokenTree.context(view.pending)
+            return NOTHING
         state.own.add(tokens[max(0, state.known - 2) :])
         state.known = len(tokens)
         successors = state.successors
@@ -121,9 +120,9 @@ class Aded:
             self.iterations,
         )
         if not draft:
-            return TokenTree.context(view.pending)
+            return NOTHING
         ids, parents, levels, scores = map(np.array, zip(*draft, strict=True))
-        return grown(view.pending, ids, parents, levels, scores, stop=budget.stop)
+        return sketched(ids, parents, levels, scores, stop=budget.stop)
 
 
 def _narrow(successors: Successors, width: int) -> Successors:

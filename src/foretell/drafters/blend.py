@@ -15,6 +15,7 @@ from foretell.core.tree import TokenTree
 from foretell.drafters.compose import Composed
 from foretell.drafters.tables.pace import Pace, StepCosts
 from foretell.drafters.tables.sharing import check_share, shares
+from foretell.drafters.tables.sketch import Sketch, Sketches
 from foretell.drafters.tables.trust import Trust
 from foretell.drafters.tables.union import Union, judge, likeliest
 
@@ -112,11 +113,10 @@ class Blend(Composed):
         for s in states:
             s.union = Union()
         for p in range(len(self.parts)):
-            for s, tree in zip(
-                states, self.ask(p, [s.parts[p] for s in states], views, budgets), strict=True
-            ):
+            own = [s.parts[p] for s in states]
+            for s, sketch in zip(states, self._sketch(p, own, views, budgets), strict=True):
                 assert s.union is not None
-                s.union.add(tree, p, len(self.parts))
+                s.union.add(sketch, p, len(self.parts))
         found = [
             self._cut(s, v, b, len(views)) for s, v, b in zip(states, views, budgets, strict=True)
         ]
@@ -125,28 +125,37 @@ class Blend(Composed):
             s.seconds += took
         return found
 
+    def _sketch(
+        self, part: int, states: Sequence[Any], views: Sequence[SeqView], budgets: Sequence[Budget]
+    ) -> list[Sketch]:
+        drafter = self.parts[part]
+        if isinstance(drafter, Sketches):  # no tree is made to be read again
+            return drafter.sketch(states, views, budgets)
+        return [Sketch.of(tree) for tree in self.ask(part, states, views, budgets)]
+
     def _cut(self, s: BlendState, view: SeqView, budget: Budget, sequences: int) -> TokenTree:
         union, costs = s.union, self._costs(view.cached, sequences)
-        s.seconds, n = costs[0], 0
-        chances, order = list[float](), list[int]()
-        if union is not None and union.tokens:
-            chances, values = union.chances(s.trust), list[float]()
-            for chance, above in zip(chances, union.parents, strict=True):
-                values.append(chance * values[above] if above >= 0 else chance)
-            order = likeliest(values, union.parents, budget.branching)
-            likely = [values[i] for i in order[: min(self.nodes, budget.nodes)]]
-            n = paying(likely, costs, s.pace.rate if self.cost else 1.0)
-        if union is None or not n:
+        if union is None or not union.tokens:
+            s.seconds = costs[0]
             return TokenTree.context(view.pending)
+        own, paths = union.chances(s.trust)
+        order = likeliest(paths, union.parents, budget.branching)
+        likely = [paths[i] for i in order[: min(self.nodes, budget.nodes)]]
+        n = paying(likely, costs, s.pace.rate if self.cost else 1.0)
         s.seconds = costs[n]
+        if not n:
+            return TokenTree.context(view.pending)
         kept = sorted(order[:n])
+        tokens, parents, levels = union.tokens, union.parents, union.levels
+        if kept[-1] == n - 1:  # the first ones, as of a chain
+            return TokenTree.grown(view.pending, tokens[:n], parents[:n], levels[:n], own[:n])
         place = {-1: -1} | {node: i for i, node in enumerate(kept)}
         return TokenTree.grown(
             view.pending,
-            [union.tokens[i] for i in kept],
-            [place[union.parents[i]] for i in kept],
-            [union.levels[i] for i in kept],
-            [chances[i] for i in kept],
+            [tokens[i] for i in kept],
+            [place[parents[i]] for i in kept],
+            [levels[i] for i in kept],
+            [own[i] for i in kept],
         )
 
     def observe(self, states: Sequence[BlendState], feedback: Sequence[Feedback]) -> None:

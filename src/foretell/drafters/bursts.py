@@ -19,7 +19,8 @@ STEPS = 8  # of the player, that a burst lasts
 def judge(tree: TokenTree, tokens: Sequence[int]) -> Verdict | None:
     """What a step with this one-hot tree emits where the text goes on with `tokens`. None: that
     cannot be told yet, for the text is not far enough."""
-    node, path, refused = tree.tip, list[int](), False
+    path: list[int] = []
+    node, refused = tree.tip, False
     nodes, parents, kinds = tree.tokens.tolist(), tree.parent.tolist(), tree.kind.tolist()
     for i in range(tree.n_context, len(nodes)):  # a child stands behind its parent
         if parents[i] == node and kinds[i] == Kind.CANDIDATE:

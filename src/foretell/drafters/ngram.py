@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, Needs, Promise, SeqView
-from foretell.core.tree import TokenTree
 from foretell.drafters.tables.matches import chain_scores, match_length
-from foretell.drafters.tables.stop import grown
+from foretell.drafters.tables.sketch import NOTHING, Sketch, Sketches, sketched
 
 
 @dataclass(slots=True)
@@ -53,7 +52,7 @@ def copy_from(tokens: Sequence[int], start: int, stop: int, count: int) -> list[
     return draft
 
 
-class PromptLookup:
+class PromptLookup(Sketches):
     """Finds the most recent earlier occurrence of the longest suffix (`max_ngram` down to
     `min_ngram` tokens) and drafts the `tokens` that followed it, as a chain.
 
@@ -85,26 +84,26 @@ class PromptLookup:
     def begin(self, view: SeqView) -> NgramIndex:
         return NgramIndex(self.min_ngram, self.max_ngram)
 
-    def propose(
+    def sketch(
         self, states: Sequence[NgramIndex], views: Sequence[SeqView], budgets: Sequence[Budget]
-    ) -> list[TokenTree]:
+    ) -> list[Sketch]:
         return [self._one(s, v, b) for s, v, b in zip(states, views, budgets, strict=True)]
 
-    def _one(self, index: NgramIndex, view: SeqView, budget: Budget) -> TokenTree:
+    def _one(self, index: NgramIndex, view: SeqView, budget: Budget) -> Sketch:
         if budget.none:
-            return TokenTree.context(view.pending)
+            return NOTHING
         tokens = view.tokens
         stop = view.prompt_len if self.prompt_only else len(tokens)
         # An n-gram needs a continuation, so the suffix itself is never found.
         index.extend(tokens, stop - 1)
         start, n = index.find(tokens)
         if not n:
-            return TokenTree.context(view.pending)
+            return NOTHING
         count = min(self.tokens, budget.depth, budget.nodes)
         draft = copy_from(tokens, start, stop, count)
         m = len(draft)
         sure = chain_scores(match_length(tokens, start, n), m)
-        return grown(view.pending, draft, range(-1, m - 1), range(1, m + 1), sure, stop=budget.stop)
+        return sketched(draft, range(-1, m - 1), range(1, m + 1), sure, stop=budget.stop)
 
     def observe(self, states: Sequence[NgramIndex], feedback: Sequence[Feedback]) -> None:
         """The index reads the committed tokens when it next proposes."""

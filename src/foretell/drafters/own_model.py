@@ -81,7 +81,8 @@ class OwnModel:
         draws = [d for g in growers if hasattr(g, "alone") and (d := g.alone()) is not None]
         if len(draws) < len(growers):
             return 0
-        budgets, seen = [g.budget for g in growers], [list[float]() for _ in growers]
+        budgets = [g.budget for g in growers]
+        seen: list[list[float]] = [[] for _ in growers]
 
         def ask(b: int, score: float) -> bool:
             seen[b].append(score)

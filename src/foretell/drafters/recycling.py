@@ -12,7 +12,6 @@ from foretell.core.errors import InputError
 from foretell.core.feedback import Feedback
 from foretell.core.protocols import Budget, BuildContext, CostModel, Needs, Promise, SeqView
 from foretell.core.rows import TopK, topk_rows
-from foretell.core.tree import TokenTree
 from foretell.drafters.tables.adjacency import Adjacency
 from foretell.drafters.tables.ranks import (
     PAPER,
@@ -23,7 +22,7 @@ from foretell.drafters.tables.ranks import (
     tree_of,
 )
 from foretell.drafters.tables.sharing import check_share, shares
-from foretell.drafters.tables.stop import grown
+from foretell.drafters.tables.sketch import NOTHING, Sketch, Sketches, sketched
 
 REFIT = 64  # steps between two looks at what tree is best
 DEPTH = 8  # levels of a sized tree
@@ -37,7 +36,7 @@ class Recycled:
     learnt: bool = False
 
 
-class TokenRecycling:
+class TokenRecycling(Sketches):
     """For every token of the vocabulary, the `k` tokens the target last thought likeliest after it.
 
     A tree of fixed shape is read off that table, level by level, from the last token; after the
@@ -108,28 +107,28 @@ class TokenRecycling:
     def end(self, state: Recycled) -> None:
         """What it learnt stays."""
 
-    def propose(
+    def sketch(
         self, states: Sequence[Recycled], views: Sequence[SeqView], budgets: Sequence[Budget]
-    ) -> list[TokenTree]:
+    ) -> list[Sketch]:
         self.steps += 1
         for state, view in zip(states, views, strict=True):
             if not state.learnt:
                 state.table.learn(view.tokens[: view.prompt_len])
                 state.learnt = True
         return [
-            TokenTree.context(v.pending) if b.none else self._one(s, v, b, len(views))
+            NOTHING if b.none else self._one(s, v, b, len(views))
             for s, v, b in zip(states, views, budgets, strict=True)
         ]
 
-    def _one(self, state: Recycled, view: SeqView, budget: Budget, sequences: int) -> TokenTree:
+    def _one(self, state: Recycled, view: SeqView, budget: Budget, sequences: int) -> Sketch:
         shape = self._shape(state.table, view, budget, sequences)
         if not len(shape):
-            return TokenTree.context(view.pending)
+            return NOTHING
         tokens, kept = state.table.expand(view.tokens[-1], shape)
         scores = None
         if budget.stop is not None:
             scores = state.table.stats.chances()[shape.rank]
-        return grown(view.pending, tokens, shape.parent, shape.level, scores, kept, budget.stop)
+        return sketched(tokens, shape.parent, shape.level, scores, kept, budget.stop)
 
     def _shape(self, table: Adjacency, view: SeqView, b: Budget, sequences: int) -> RankTree:
         sized = self.nodes == 0 and self.cost is not None

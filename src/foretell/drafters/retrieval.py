@@ -13,10 +13,10 @@ from foretell.core.tree import TokenTree
 from foretell.drafters.tables.datastore.prefixes import heaviest_prefixes
 from foretell.drafters.tables.datastore.reader import Datastore
 from foretell.drafters.tables.matches import goes_on
-from foretell.drafters.tables.stop import grown
+from foretell.drafters.tables.sketch import NOTHING, Sketch, Sketches, sketched
 
 
-class Retrieval:
+class Retrieval(Sketches):
     """Looks the longest suffix of the text (`max_match` down to `min_match` tokens) up in a
     datastore that `foretell build-datastore` made, and drafts the tree of the most frequent
     continuations: up to `nodes` nodes, `depth` tokens deep, counted over at most `samples` places.
@@ -93,20 +93,21 @@ class Retrieval:
     def observe(self, states: Sequence[None], feedback: Sequence[Feedback]) -> None:
         """The store never changes."""
 
-    def propose(
+    def sketch(
         self, states: Sequence[None], views: Sequence[SeqView], budgets: Sequence[Budget]
-    ) -> list[TokenTree]:
+    ) -> list[Sketch]:
         return [self._one(v, b) for v, b in zip(views, budgets, strict=True)]
 
     def after(self, state: None, view: SeqView, path: Sequence[int], budget: Budget) -> TokenTree:
         """What follows the text and `path`, which is not part of it (yet): a tree whose context
         ends with `path`."""
         tail = [*view.tokens[-self.max_match :], *path]
-        return self._one(replace(view, tokens=tail, cached=0), budget)
+        later = replace(view, tokens=tail, cached=0)
+        return self._one(later, budget).tree(later.pending)
 
-    def _one(self, view: SeqView, budget: Budget) -> TokenTree:
+    def _one(self, view: SeqView, budget: Budget) -> Sketch:
         if budget.none:
-            return TokenTree.context(view.pending)
+            return NOTHING
         tail = view.tokens[-self.max_match :]
         for i in range(len(tail) - 1, -1, -1):  # ids the store cannot know
             if tail[i] >= self.store.vocab:
@@ -114,11 +115,11 @@ class Retrieval:
                 break
         matched, found = self.store.matches(tail, self.max_match, self.min_match)
         if not found:
-            return TokenTree.context(view.pending)
+            return NOTHING
         depth, nodes = min(self.depth, budget.depth), min(self.nodes, budget.nodes)
         rows = self.store.continuations(found, matched, depth, self.samples)
         tokens, parents, levels, scores = heaviest_prefixes(
             rows, nodes, self.store.vocab, budget.branching, ordered=len(found) == 1
         )
         sure = scores * goes_on(matched + levels - 1)
-        return grown(view.pending, tokens, parents, levels, sure, stop=budget.stop)
+        return sketched(tokens, parents, levels, sure, stop=budget.stop)

@@ -13,8 +13,8 @@ from foretell.core.tree import TokenTree
 from foretell.drafters.tables.automaton import AnyAutomaton, automata
 from foretell.drafters.tables.matches import scores
 from foretell.drafters.tables.sharing import check_share, shares
+from foretell.drafters.tables.sketch import NOTHING, Sketch, Sketches, sketched
 from foretell.drafters.tables.speculate import Found, Limits, best_draft
-from foretell.drafters.tables.stop import grown
 from foretell.kernels.automaton import Place
 
 SEGMENTS = 4
@@ -59,7 +59,7 @@ class SuffixState:
     places: dict[int, tuple[Place, int]] = field(default_factory=dict)  # place, tokens read
 
 
-class Suffix:
+class Suffix(Sketches):
     """Drafts what most often followed the longest suffix that occurred before, in the text of the
     request or in the outputs of past requests.
 
@@ -126,9 +126,9 @@ class Suffix:
     def observe(self, states: Sequence[SuffixState], feedback: Sequence[Feedback]) -> None:
         """The automaton reads the committed tokens when it next proposes."""
 
-    def propose(
+    def sketch(
         self, states: Sequence[SuffixState], views: Sequence[SeqView], budgets: Sequence[Budget]
-    ) -> list[TokenTree]:
+    ) -> list[Sketch]:
         return [self._one(s, v, b) for s, v, b in zip(states, views, budgets, strict=True)]
 
     def after(
@@ -142,9 +142,7 @@ class Suffix:
         self._read(state, view.tokens)
         place = state.own.follow(state.own.repeated(), path)
         found = best_draft(state.own, place, self._limits(budget))
-        if not found.tokens:
-            return TokenTree.context(context)
-        return self._tree(context, found, budget)
+        return self._scored(found, budget).tree(context)
 
     def _read(self, state: SuffixState, tokens: list[int]) -> None:
         state.own.extend(tokens[state.known :])
@@ -161,22 +159,20 @@ class Suffix:
             own.min_prob,
         )
 
-    def _one(self, state: SuffixState, view: SeqView, budget: Budget) -> TokenTree:
+    def _one(self, state: SuffixState, view: SeqView, budget: Budget) -> Sketch:
         if budget.none:
-            return TokenTree.context(view.pending)
+            return NOTHING
         limits, tokens = self._limits(budget), view.tokens
         self._read(state, tokens)
         found = best_draft(state.own, state.own.repeated(), limits)
         if state.shared and self.past:
             found = self._look_back(state, tokens, limits, found)
-        if not found.tokens:
-            return TokenTree.context(view.pending)
-        return self._tree(view.pending, found, budget)
+        return self._scored(found, budget)
 
-    def _tree(self, context: Sequence[int], found: Found, budget: Budget) -> TokenTree:
+    def _scored(self, found: Found, budget: Budget) -> Sketch:
         parents, levels = found.parents, found.levels
         sure = scores(found.matched, found.probs, parents, levels)
-        return grown(context, found.tokens, parents, levels, sure, stop=budget.stop)
+        return sketched(found.tokens, parents, levels, sure, stop=budget.stop)
 
     def _look_back(
         self, state: SuffixState, tokens: list[int], limits: Limits, found: Found

@@ -6,10 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from foretell.core.tree import TokenTree
-
-Ids = Sequence[int] | np.ndarray
-
 
 def kept(
     stop: Callable[[Sequence[float]], bool], parents: Sequence[int], scores: Sequence[float]
@@ -33,26 +29,3 @@ def kept(
             if not stop(paths[i]):
                 open_below.add(i)
     return keep
-
-
-def grown(
-    context: Sequence[int],
-    tokens: Ids,
-    parents: Ids,
-    levels: Ids,
-    scores: Sequence[float] | np.ndarray | None = None,
-    keep: np.ndarray | None = None,
-    stop: Callable[[Sequence[float]], bool] | None = None,
-) -> TokenTree:
-    """`TokenTree.grown` with the nodes in `keep` (None = all), with their parents, that `stop`
-    leaves."""
-    if stop is not None and scores is not None and len(tokens):
-        wanted = kept(stop, np.asarray(parents).tolist(), np.asarray(scores).tolist())
-        keep = wanted if keep is None else keep & wanted
-    if keep is not None and not keep.all():
-        index = np.cumsum(keep) - 1
-        above = np.asarray(parents)[keep]
-        parents = np.where(above < 0, -1, index[above])
-        tokens, levels = np.asarray(tokens)[keep], np.asarray(levels)[keep]
-        scores = None if scores is None else np.asarray(scores)[keep]
-    return TokenTree.grown(context, tokens, parents, levels, scores)

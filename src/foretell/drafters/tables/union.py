@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from foretell.core.tree import Kind, TokenTree
+import numpy as np
+
+from foretell.drafters.tables.sketch import Sketch
 from foretell.drafters.tables.trust import Cell, Trust, said
-
-CANDIDATE = int(Kind.CANDIDATE)
 
 
 @dataclass(slots=True)
@@ -23,40 +24,57 @@ class Union:
     at: dict[tuple[int, int], int] = field(default_factory=dict)  # (parent, token) -> node
     cells: list[Cell] = field(default_factory=list)  # what is known of such nodes
 
-    def add(self, tree: TokenTree, part: int, parts: int) -> None:
-        """Hang in the candidates of a tree that drafter `part` of so many made."""
-        c, n = tree.n_context, len(tree)
-        if n == c:
+    def add(self, sketch: Sketch, part: int, parts: int) -> None:
+        """Hang in what drafter `part` of so many made."""
+        if not len(sketch.tokens):
             return
-        place, siblings = {c - 1: -1}, dict[int, int]()
-        tokens, parents, kinds = tree.tokens.tolist(), tree.parent.tolist(), tree.kind.tolist()
-        scores = None if tree.score is None else tree.score.tolist()
-        for i in range(c, n):
-            above = place.get(parents[i])
-            if above is None or kinds[i] != CANDIDATE:
-                continue
-            if scores is None:
-                rank = siblings.get(above, 0)
-                siblings[above] = rank + 1
-                mark = said(None, rank)
-            else:
-                mark = said(scores[i], 0)
-            key = above, tokens[i]
+        tokens, parents, levels = map(_list, sketch[:3])
+        marks, n = _marks(parents, sketch.scores), len(tokens)
+        at = dict(zip(zip(parents, tokens, strict=True), range(n), strict=True))
+        if not self.tokens and len(at) == n:
+            self.tokens, self.parents, self.levels, self.at = tokens, parents, levels, at
+            before, behind = [0] * part, [0] * (parts - part - 1)
+            self.marks = [[*before, mark, *behind] for mark in marks]
+            return
+        place = {-1: -1}
+        for i, mark in enumerate(marks):
+            key = place[parents[i]], tokens[i]
             node = self.at.get(key)
             if node is None:
                 node = self.at[key] = len(self.tokens)
                 self.tokens.append(tokens[i])
-                self.parents.append(above)
-                self.levels.append(1 if above < 0 else self.levels[above] + 1)
+                self.parents.append(key[0])
+                self.levels.append(levels[i])
                 self.marks.append([0] * parts)
             self.marks[node][part] = mark
             place[i] = node
 
-    def chances(self, trust: Trust) -> list[float]:
-        """Of each node, given its parent."""
+    def chances(self, trust: Trust) -> tuple[list[float], list[float]]:
+        """Of each node, given its parent, and of its path."""
         now, cell = trust.now, trust.cell
         self.cells = [cell(d, tuple(m)) for d, m in zip(self.levels, self.marks, strict=True)]
-        return [c.chance(now) for c in self.cells]
+        own = [c.chance(now) for c in self.cells]
+        paths: list[float] = []
+        for chance, above in zip(own, self.parents, strict=True):
+            paths.append(chance * paths[above] if above >= 0 else chance)
+        return own, paths
+
+
+def _marks(parents: list[int], scores: Sequence[float] | np.ndarray | None) -> list[int]:
+    if scores is not None:
+        return [said(score, 0) for score in _list(scores)]
+    marks: list[int] = []
+    siblings: dict[int, int] = {}
+    for above in parents:
+        rank = siblings.get(above, 0)
+        siblings[above] = rank + 1
+        marks.append(said(None, rank))
+    return marks
+
+
+def _list(numbers: Sequence[Any] | np.ndarray) -> list[Any]:
+    """A list of one's own."""
+    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
 
 
 def likeliest(values: Sequence[float], parents: Sequence[int], branching: int) -> list[int]:
