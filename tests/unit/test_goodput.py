@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from foretell import InputError
 from foretell.control.length.goodput.allocate import allocate, promise
@@ -418,6 +419,18 @@ def test_steps_are_learned_from_together_and_none_is_lost() -> None:
     assert habits.total < judged
     policy.lessons.learn()
     assert habits.total == judged
+
+
+def test_drafts_with_distributions_are_not_held() -> None:
+    """[K, V] numbers a sequence and step."""
+    policy = Goodput(Machine(memory_bound, 0.01, always(0.7)))
+    policy.steps = 1000
+    view = SeqView([1] * 4, 4, SamplingParams(max_tokens=99), SeqRng(1))
+    for q, held in ((None, 1), (torch.full((2, 5), 0.2), 0)):
+        policy.budgets([view], Load(1))
+        tree = TokenTree.chain([1], [2, 3], q=q)
+        policy.observe([tree], [Verdict([1], [2, 3], 2)], Timings(0.1, 1.0, 0.0, 3, 0, 1, True))
+        assert len(policy.lessons.heard) == held
 
 
 def test_a_newcomer_does_as_the_last_one_did(monkeypatch) -> None:

@@ -32,7 +32,8 @@ class Sketch(NamedTuple):
     def of(cls, tree: TokenTree) -> Sketch:
         """The candidates of a tree, with what hangs below others left out."""
         c, tip = tree.n_context, tree.tip
-        place, found = {tip: -1}, list[int]()
+        found: list[int] = []
+        place = {tip: -1}
         parents, kinds, depth = tree.parent.tolist(), tree.kind.tolist(), tree.depth.tolist()
         for i in range(c, len(tree)):
             if kinds[i] == Kind.CANDIDATE and parents[i] in place:

@@ -45,7 +45,8 @@ class Lessons:
 
     def take(self, step: Step) -> None:
         self.heard.append(step)
-        if len(self.heard) >= min(self.LAG, step.number // self.LAG):
+        large = any(tree.q is not None for tree in step.trees)  # too much to be held for long
+        if large or len(self.heard) >= min(self.LAG, step.number // self.LAG):
             self.learn()
 
     def learn(self) -> None:

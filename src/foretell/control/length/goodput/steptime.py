@@ -22,9 +22,9 @@ class StepTime:
 
     cost: the target's forwards, as somebody measured them; what really happens tilts it, for each
     range of sequences (1, 2-3, 4-7, ..) by itself, and then for each number of rows (`Stairs`).
-    Drafting is kept in units of what forwards took
-    at that moment, since whatever slows the machine down slows both. draft: what drafting a level
-    takes, in the unit of `cost`; then nothing is learned from the clock.
+    Drafting is kept in units of what forwards took at that moment, since whatever slows the machine
+    down slows both. draft: what drafting a level takes, in the unit of `cost`; then nothing is
+    learned from the clock.
     """
 
     PACE = 0.1
