@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from foretell import LLM, kernels
+from foretell.core.costs import row_range
 from foretell.engine.cost import MeasuredCost, identity
 from foretell.engine.curve import Curve, ForwardTimer, _rising, medians
 from foretell.models.native.arch import Arch
@@ -148,3 +149,9 @@ def test_a_curve_is_measured_within_the_context_of_a_small_model(model: NativeMo
     assert curve.seconds == sorted(curve.seconds)
     assert curve.per_context >= 0
     assert curve.per_pair >= 0
+
+
+def test_small_numbers_of_rows_are_ranges_of_their_own() -> None:
+    assert len({row_range(n, 4) for n in range(18)}) == 18
+    assert row_range(17, 4) == row_range(19, 4) < row_range(20, 4)
+    assert row_range(33, 2) - row_range(17, 2) == 2

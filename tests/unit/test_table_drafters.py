@@ -31,8 +31,7 @@ from foretell.drafters.tables.ranks import (
     best_size,
     paper_tree,
 )
-from foretell.drafters.tables.sketch import sketched
-from foretell.drafters.tables.stop import kept
+from foretell.drafters.tables.sketch import kept, sketched
 from foretell.drafters.tables.trigrams import TriGrams, mixed, monte_carlo
 from helpers_model import TableModel
 

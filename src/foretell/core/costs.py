@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -23,6 +24,13 @@ class GivenCosts:
 
     def observe(self, rows: int, context: int, sequences: int, seconds: float) -> None:
         """What the user says holds."""
+
+
+def row_range(rows: int, parts: int) -> int:
+    """The range of rows whose costs are corrected together: each number up to 16 by itself, since
+    many a row more is nearly free and some need another pass over the weights, then so many
+    `parts` to the octave."""
+    return rows if rows <= 16 else 17 + int(parts * math.log2(rows / 16))
 
 
 def paying(values: Sequence[float], costs: Sequence[float], rate: float) -> int:

@@ -130,12 +130,12 @@ class TokenTree:
         """`build` for drafters that know each token's level [n] (1 = child of the tip): a tree of
         any size costs a few microseconds."""
         # Between two forwards this runs cold: lists cost less than slices of arrays, then.
-        c, m, ids, above = len(context), len(tokens), _list(tokens), _list(parents)
-        told = None if score is None else _list(score)
+        c, m, ids, above = len(context), len(tokens), as_list(tokens), as_list(parents)
+        told = None if score is None else as_list(score)
         if above == [*range(-1, m - 1)]:
             return cls.chain(context, ids, score=told)
         parent = np.array([*range(-1, c - 1), *(p + c for p in above)], np.int64)
-        depth = np.array([*range(c), *(d + c - 1 for d in _list(levels))], np.int64)
+        depth = np.array([*range(c), *(d + c - 1 for d in as_list(levels))], np.int64)
         nodes, kinds = np.array([*context, *ids], np.int64), _kinds(c, c + m)
         scores = None if told is None else np.array([1.0] * c + told)
         return cls(nodes, parent, kinds, depth, score=scores, _n_context=c)
@@ -268,5 +268,6 @@ def _kinds(c: int, n: int) -> np.ndarray:
     return kinds
 
 
-def _list(a: Sequence[Any] | np.ndarray) -> list[Any]:
+def as_list(a: Sequence[Any] | np.ndarray) -> list[Any]:
+    """A list of one's own."""
     return a.tolist() if isinstance(a, np.ndarray) else [*a]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from foretell.core import machine
+from foretell.core.costs import row_range
 from foretell.core.protocols import TargetModel
 from foretell.engine.curve import Curve
 
@@ -45,7 +46,7 @@ class MeasuredCost:
         self._curve: Curve | None = None
         self._table: list[float] = []  # curve.at(n) for small n
         self._all = 0.0
-        self._range = [0.0] * 32
+        self._range: dict[int, float] = {}  # by `row_range`
         self.errors: list[float] = []  # |predicted / actual - 1| of the last forwards
 
     @cached_property
@@ -62,13 +63,13 @@ class MeasuredCost:
 
     def seconds(self, rows: int, context: int = 0, sequences: int = 1) -> float:
         return self.plain(rows, context, sequences) * math.exp(
-            self._all + self._range[_bucket(rows)]
+            self._all + self._range.get(row_range(rows, 2), 0.0)
         )
 
     def observe(self, rows: int, context: int, sequences: int, seconds: float) -> None:
         if self._curve is None or rows < 1 or seconds <= 0:
             return
-        bucket = _bucket(rows)
+        place = row_range(rows, 2)
         guess = self.seconds(rows, context, sequences)
         if len(self.errors) >= 1000:
             del self.errors[:500]
@@ -76,7 +77,7 @@ class MeasuredCost:
         # a forward that was interrupted for long says nothing about the next one
         miss = max(-0.7, min(0.7, math.log(seconds / guess)))
         self._all += self.PACE * miss / 2
-        self._range[bucket] += self.PACE * miss / 2
+        self._range[place] = self._range.get(place, 0.0) + self.PACE * miss / 2
 
     @property
     def error(self) -> float | None:
@@ -119,12 +120,6 @@ class MeasuredCost:
             return curve if whole and min(curve.seconds) > 0 else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-
-
-def _bucket(rows: int) -> int:
-    """Each number of rows up to 16 by itself: many a row more is nearly free, some need another
-    pass over the weights. Then those of half an octave."""
-    return max(0, rows - 1) if rows <= 16 else min(31, 16 + int(2 * math.log2(rows / 16)))
 
 
 def identity(model: TargetModel) -> str:

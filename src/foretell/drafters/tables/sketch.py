@@ -9,7 +9,6 @@ import numpy as np
 
 from foretell.core.protocols import Budget, SeqView
 from foretell.core.tree import Kind, TokenTree
-from foretell.drafters.tables.stop import kept
 
 Ids = Sequence[int] | np.ndarray
 
@@ -69,6 +68,30 @@ def sketched(
         tokens, levels = np.asarray(tokens)[keep], np.asarray(levels)[keep]
         scores = None if scores is None else np.asarray(scores)[keep]
     return Sketch(tokens, parents, levels, scores)
+
+
+def kept(
+    stop: Callable[[Sequence[float]], bool], parents: Sequence[int], scores: Sequence[float]
+) -> np.ndarray:
+    """Which nodes stay when nothing is drafted below a node where `stop` says so. [n] bool.
+
+    stop: asked with the scores from the tip down to a node, as in `Budget.stop`; the node itself
+    stays.
+    """
+    n = len(parents)
+    if parents == list(range(-1, n - 1)):
+        end = next((i for i in range(1, n) if stop(scores[:i])), n)
+        return np.arange(n) < end
+    paths: dict[int, list[float]] = {-1: []}
+    open_below = {-1}
+    keep = np.zeros(n, bool)
+    for i, parent in enumerate(parents):
+        if parent in open_below:
+            keep[i] = True
+            paths[i] = [*paths[parent], scores[i]]
+            if not stop(paths[i]):
+                open_below.add(i)
+    return keep
 
 
 class Sketches:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from foretell.core.tree import as_list
 from foretell.drafters.tables.sketch import Sketch
 from foretell.drafters.tables.trust import Cell, Trust, said
 
@@ -28,7 +28,7 @@ class Union:
         """Hang in what drafter `part` of so many made."""
         if not len(sketch.tokens):
             return
-        tokens, parents, levels = map(_list, sketch[:3])
+        tokens, parents, levels = map(as_list, sketch[:3])
         marks, n = _marks(parents, sketch.scores), len(tokens)
         at = dict(zip(zip(parents, tokens, strict=True), range(n), strict=True))
         if not self.tokens and len(at) == n:
@@ -62,7 +62,7 @@ class Union:
 
 def _marks(parents: list[int], scores: Sequence[float] | np.ndarray | None) -> list[int]:
     if scores is not None:
-        return [said(score, 0) for score in _list(scores)]
+        return [said(score, 0) for score in as_list(scores)]
     marks: list[int] = []
     siblings: dict[int, int] = {}
     for above in parents:
@@ -70,11 +70,6 @@ def _marks(parents: list[int], scores: Sequence[float] | np.ndarray | None) -> l
         siblings[above] = rank + 1
         marks.append(said(None, rank))
     return marks
-
-
-def _list(numbers: Sequence[Any] | np.ndarray) -> list[Any]:
-    """A list of one's own."""
-    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
 
 
 def likeliest(values: Sequence[float], parents: Sequence[int], branching: int) -> list[int]:

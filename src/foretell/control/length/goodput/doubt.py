@@ -18,7 +18,7 @@ EDGES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0
 LEAST = 0.02  # P(drafted) of the last level that is foreseen
 STEP = 0.05  # of the logarithm of a path's chance, where drafts are foreseen
 CELLS = 80  # of them; paths with less chance are alike
-BEYOND = CELLS + np.arange(CELLS) - np.arange(CELLS)[:, None]
+BEYOND = CELLS + np.arange(CELLS) - np.arange(CELLS)[:, None]  # [from, to]: CELLS + cells on
 FREE = 0.01  # tokens that drafting a level further costs: less is not worth a look
 
 

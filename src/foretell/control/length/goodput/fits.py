@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from statistics import median
 from typing import Any
 
 import numpy as np
+
+from foretell.core.costs import row_range
 
 SURPRISE = 2.0  # an observation counts for at most so many times what was expected
 EARLY = 8  # observations of which the median is what is expected
@@ -132,20 +133,16 @@ class Stairs:
 
     KEEP = 0.995  # what is left of an observation after every further one of the same rows
     RIDGE = 16.0  # observations that the expectation is worth
-    EXACT = 16  # each number of rows up to this is by itself, then those of a quarter of an octave
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[float, float]] = {}  # observations, and what is over 1 of all
 
     def at(self, rows: int) -> float:
-        n, over = self.seen.get(self._place(rows), (0.0, 0.0))
+        n, over = self.seen.get(row_range(rows, 4), (0.0, 0.0))
         return 1.0 + over / (n + self.RIDGE)
 
     def observe(self, rows: int, ratio: float) -> None:
-        i = self._place(rows)
+        i = row_range(rows, 4)
         n, over = self.seen.get(i, (0.0, 0.0))
         over = self.KEEP * over + min(ratio, SURPRISE) - 1.0
         self.seen[i] = self.KEEP * n + 1.0, over
-
-    def _place(self, rows: int) -> int:
-        return rows if rows <= self.EXACT else self.EXACT + int(4 * math.log2(rows / self.EXACT))
